@@ -34,6 +34,9 @@ PROGRAMS = {
         "rlhf_jax.programs.reward", "RewardConfig", "train a reward model on pairs"
     ),
     "score": Program("rlhf_jax.programs.score", "ScoreConfig", "texts in, rewards out"),
+    "serve": Program(
+        "rlhf_jax.programs.serve", "ServeConfig", "a reward model behind HTTP"
+    ),
     "evaluate": Program(
         "rlhf_jax.programs.evaluate",
         "EvaluateConfig",

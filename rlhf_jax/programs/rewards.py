@@ -1,0 +1,250 @@
+"""Where the rewards of RL come from: functions, reward models, HTTP scorers, weighted.
+
+    rewards = open_rewards(["runs/rm", "0.1*mymodule:brevity"], timeout_s=60)
+    result = rewards(prompts, completions, rows)
+    result.total, result.columns["brevity"]
+
+A source is `[WEIGHT*]SPEC`. SPEC is
+
+    package.module:function     a Python function, see `reward_functions`
+    http://HOST:PORT/PATH       a scorer, see `http_scorer`
+    anything else               a reward model, as in `--model` (see `models`)
+
+A reward model reads text through its own tokenizer and template, so the policy may have
+another. It is loaded once and never trained. The total is the weighted sum, in float64;
+columns hold each source's own rewards, unweighted. A weight may be negative, or 0 for a
+source that is only logged. The gold reward of a study is this class with one source.
+
+No reward is ever made up: a source that fails, answers with something else than finite
+numbers, or cannot take a text is an error that names it.
+"""
+
+import dataclasses
+import math
+import pathlib
+import re
+import urllib.parse
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple, TypeAlias
+
+import numpy as np
+
+from rlhf_jax.data.encode import EncodedCompletion, Encoder
+from rlhf_jax.data.messages import describe
+from rlhf_jax.programs.http_scorer import HttpScorer
+from rlhf_jax.programs.reward_functions import open_function, quoted
+from rlhf_jax.programs.scorer import Refusal, Scorer, ScoringConfig, open_scorer
+
+Rows: TypeAlias = Sequence[Mapping[str, Any]]
+ScoreTexts: TypeAlias = Callable[[Sequence[Any], Sequence[str], Rows], np.ndarray]
+"""(prompts, completions, rows) -> rewards [M]."""
+Kind: TypeAlias = Literal["function", "http", "model"]
+_FUNCTION = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*")
+
+
+class RewardResult(NamedTuple):
+    """Rewards of M completions."""
+
+    total: np.ndarray
+    """float64 [M], the weighted sum."""
+    columns: dict[str, np.ndarray]
+    """Name of each source -> its own rewards, float64 [M], before its weight."""
+
+
+class Source(NamedTuple):
+    """One reward among several."""
+
+    name: str
+    """Short, unique, for metrics: function, host:port, or last part of the path."""
+    spec: str
+    """SPEC without its weight."""
+    kind: Kind
+    weight: float
+    score: ScoreTexts
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Rewards:
+    """The weighted sum of several sources; call it with texts."""
+
+    sources: tuple[Source, ...]
+
+    def __call__(
+        self,
+        prompts: Sequence[Any],
+        completions: Sequence[str],
+        rows: Rows,
+    ) -> RewardResult:
+        """The rewards of completions, in input order.
+
+        Args:
+            prompts: as the rows hold them, text or messages; one for each completion.
+            completions: M texts.
+            rows: the data rows, whose columns functions ask for; M of them.
+
+        Raises:
+            ValueError: counts differ, or a source fails; names the source.
+        """
+        _check_counts(prompts, completions, rows)
+        total = np.zeros(len(completions))
+        columns = {source.name: total.copy() for source in self.sources}
+        for source in self.sources if len(completions) else ():
+            found = np.asarray(source.score(prompts, completions, rows), np.float64)
+            _check_finite(source.spec, found, completions)
+            columns[source.name] = found
+            total += source.weight * found
+        return RewardResult(total, columns)
+
+    @property
+    def models(self) -> list[str]:
+        """SPECs of the reward models among the sources; a critic starts from [0]."""
+        return [source.spec for source in self.sources if source.kind == "model"]
+
+
+def open_rewards(
+    specs: Sequence[str],
+    *,
+    scoring: ScoringConfig = ScoringConfig(),
+    timeout_s: float,
+    encoder: Encoder | None = None,
+) -> Rewards:
+    """The sources of a run, models loaded and functions imported.
+
+    Args:
+        specs: `[WEIGHT*]SPEC` each; see the module's docstring.
+        scoring: how reward models score.
+        timeout_s: longest time of one call of a function, and of one HTTP request.
+        encoder: the policy's; HTTP scorers that are not ours get its text.
+
+    Raises:
+        ValueError: no source, one twice, or one that cannot be opened; names it.
+    """
+    if not 0 < timeout_s < math.inf:
+        raise ValueError(f"timeout_s {timeout_s}: expected a positive number")
+    parsed = [parse_spec(spec) for spec in specs]
+    plain = [spec for _, spec in parsed]
+    _check_specs(plain)
+    kinds: list[Kind] = [kind_of(spec) for spec in plain]
+    opened: dict[str, ScoreTexts] = {}
+    # Models last: a misspelt function is an error before gigabytes are read.
+    for spec, kind in sorted(zip(plain, kinds), key=lambda pair: pair[1] == "model"):
+        if kind == "function":
+            opened[spec] = open_function(spec, timeout_s)
+        elif kind == "http":
+            opened[spec] = _http(HttpScorer(spec, timeout_s, encoder=encoder))
+        else:
+            opened[spec] = _model(spec, open_scorer(spec, scoring))
+    return Rewards(
+        tuple(
+            Source(name, spec, kind, weight, opened[spec])
+            for name, kind, (weight, spec) in zip(_names(plain, kinds), kinds, parsed)
+        )
+    )
+
+
+def parse_spec(text: str) -> tuple[float, str]:
+    """(weight, SPEC) of `[WEIGHT*]SPEC`.
+
+    Raises:
+        ValueError: the weight is not a finite number, or nothing follows it.
+
+    >>> parse_spec("-0.5*package.module:length")
+    (-0.5, 'package.module:length')
+    """
+    before, spec = text.split("*", 1) if "*" in text else ("1", text)
+    try:
+        weight = float(before)
+    except ValueError:
+        weight = math.nan
+    if not math.isfinite(weight) or not spec.strip():
+        raise ValueError(
+            f"reward {text!r}: expected SPEC or WEIGHT*SPEC with a finite number, "
+            "such as 0.5*package.module:function"
+        )
+    return weight, spec.strip()
+
+
+def _check_specs(specs: list[str]) -> None:
+    if not specs:
+        raise ValueError("rewards: none given; expected at least one [WEIGHT*]SPEC")
+    for spec in specs:
+        if specs.count(spec) > 1:
+            raise ValueError(f"reward {spec}: given twice; add up the weights")
+
+
+def kind_of(spec: str) -> Kind:
+    """What a SPEC names; a path that exists is a model whatever its name."""
+    if spec.startswith(("http://", "https://")):
+        return "http"
+    if _FUNCTION.fullmatch(spec) and not pathlib.Path(spec).exists():
+        return "function"
+    return "model"
+
+
+def _names(specs: list[str], kinds: list[Kind]) -> list[str]:
+    """Short names; those that would be the same are the whole SPECs."""
+    short = []
+    for spec, kind in zip(specs, kinds):
+        if kind == "http":
+            short.append(urllib.parse.urlsplit(spec).netloc)
+        elif kind == "function":
+            short.append(spec.rpartition(":")[2])
+        else:
+            short.append(pathlib.PurePath(spec).name or spec)
+    return [n if short.count(n) == 1 else spec for n, spec in zip(short, specs)]
+
+
+def _http(scorer: HttpScorer) -> ScoreTexts:
+    def score(
+        prompts: Sequence[Any], completions: Sequence[str], rows: Rows
+    ) -> np.ndarray:
+        tools = [row.get("tools") or None for row in rows]
+        return scorer.rewards(prompts, completions, tools)
+
+    return score
+
+
+def _model(spec: str, scorer: Scorer) -> ScoreTexts:
+    def score(
+        prompts: Sequence[Any], completions: Sequence[str], rows: Rows
+    ) -> np.ndarray:
+        encoded: list[EncodedCompletion] = []
+        refused: list[tuple[int, Refusal]] = []
+        for n, (prompt, text, row) in enumerate(zip(prompts, completions, rows)):
+            found = scorer.encode(prompt, text, tools=row.get("tools") or None)
+            if isinstance(found, Refusal):
+                refused.append((n, found))
+            else:
+                encoded.append(found)
+        if refused:
+            n, first = refused[0]
+            raise ValueError(
+                f"reward {spec}: refuses {len(refused)} of {len(completions)} "
+                f"completions; {quoted(n, completions)}: {first.reason}: {first.detail}"
+            )
+        return scorer.rewards(encoded)
+
+    return score
+
+
+def _check_counts(
+    prompts: Sequence[Any], completions: Sequence[str], rows: Rows
+) -> None:
+    if not len(prompts) == len(completions) == len(rows):
+        raise ValueError(
+            f"rewards: expected as many prompts and rows as completions, got "
+            f"{len(prompts)} prompts, {len(rows)} rows, {len(completions)} completions"
+        )
+    for n, text in enumerate(completions):
+        if not isinstance(text, str):
+            raise ValueError(f"completion {n}: expected text, got {describe(text)}")
+
+
+def _check_finite(spec: str, found: np.ndarray, completions: Sequence[str]) -> None:
+    bad = np.flatnonzero(~np.isfinite(found))
+    if bad.size:
+        n = int(bad[0])
+        raise ValueError(
+            f"reward {spec}: {bad.size} of {len(found)} rewards are not finite, the "
+            f"first is {found[n]} for {quoted(n, completions)}"
+        )
