@@ -33,6 +33,8 @@ PROGRAMS = {
     "reward": Program(
         "rlhf_jax.programs.reward", "RewardConfig", "train a reward model on pairs"
     ),
+    "rloo": Program("rlhf_jax.programs.rloo", "RlooConfig", "train a policy with RLOO"),
+    "ppo": Program("rlhf_jax.programs.ppo", "PpoConfig", "train a policy with PPO"),
     "score": Program("rlhf_jax.programs.score", "ScoreConfig", "texts in, rewards out"),
     "serve": Program(
         "rlhf_jax.programs.serve", "ServeConfig", "a reward model behind HTTP"

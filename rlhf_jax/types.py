@@ -4,7 +4,7 @@ Letters, used in every shape of the package:
     B batch rows    T tokens in a row   P prompt tokens       C completion tokens
     Q pairs         S keys, or score slots in a row           G samples per prompt
     L layers        D model width       F feed-forward width  V vocabulary
-    N query heads   K key-value heads   H head width
+    N query heads   K key-value heads   H head width          M completions in a batch
 Masks are bool and True means "counts". Every [B T] array is aligned to tokens: there is
 no array of length T-1. Host code fills these with NumPy arrays, device code with jax
 arrays.
@@ -62,6 +62,60 @@ class PreferenceBatch:
     """Subtracted from the reward difference; None = no margin."""
     soft_label: Float[Array, "Q"] | None = None
     """Probability that the chosen completion is the better one; None = 1."""
+
+
+@struct.dataclass
+class PromptBatch:
+    """Prompts to be continued, padded to one length."""
+
+    tokens: Int[Array, "B P"]
+    """Token ids; any valid id on padding."""
+    mask: Bool[Array, "B P"]
+    """True on prompt tokens, which lie next to each other, at least one a row."""
+
+
+@struct.dataclass
+class Rollout:
+    """Sampled completions: G of each prompt, completion m of prompt m // G; M = B G."""
+
+    tokens: Int[Array, "M C"]
+    """Token ids from column 0 on, the stop token included; 0 after it."""
+    mask: Bool[Array, "M C"]
+    """True on completion tokens, the stop token included."""
+    stopped: Bool[Array, "M"]
+    """Whether it ended with a stop token; False = cut at the maximum length."""
+    logprobs: Float[Array, "M C"]
+    """log p of the policy at the sampling temperature, before truncation (top-k, top-p,
+    min-p) and penalties: what ratios and KL are made of. 0 outside the mask."""
+    policy_logprobs: Float[Array, "M C"]
+    """log p of the policy at temperature 1."""
+    sampling_logprobs: Float[Array, "M C"]
+    """log p of the distribution that was drawn from."""
+
+
+@struct.dataclass
+class Experience:
+    """Completions to learn from, in rows of any layout that `Sequences` can express.
+
+    Completions are numbered 0 .. M-1 in the batch; filler has weight 0.
+    """
+
+    sequences: Sequences
+    """Prompts and completions; completion_mask marks the tokens that were sampled."""
+    sample: Int[Array, "B T"]
+    """Number of the completion that each sampled token belongs to; 0 elsewhere."""
+    weight: Float[Array, "M"]
+    """Weight of each completion in the loss; 0 = left out."""
+    old_logprobs: Float[Array, "B T"]
+    """log p under the policy that sampled, at the sampling temperature."""
+    ref_logprobs: Float[Array, "B T"]
+    """log p under the reference policy, at the sampling temperature."""
+    advantages: Float[Array, "..."]
+    """[M], one a completion (RLOO), or [B T], one a token (PPO)."""
+    old_values: Float[Array, "B T"] | None = None
+    """Values before the update; None without a critic."""
+    returns: Float[Array, "B T"] | None = None
+    """What the critic should have said; None without a critic."""
 
 
 @struct.dataclass

@@ -1,5 +1,6 @@
 """Supervised fine-tuning: next-token loss on completion tokens."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 from rlhf_jax.algorithms.update import Objective
 from rlhf_jax.losses.logprobs import token_logprobs
 from rlhf_jax.losses.masked import masked_mean
+from rlhf_jax.models.heads import predecessors
 from rlhf_jax.models.llama import Llama
 from rlhf_jax.types import Mean, Sequences
 
@@ -39,6 +41,8 @@ def sft_objective(apply: Callable[..., jax.Array]) -> Objective:
 def logprobs_apply(model: Llama, *, deterministic: bool) -> Callable[..., jax.Array]:
     """(params, sequences, key) -> log-probabilities [B T] of a Linen language model.
 
+    Tokens that follow nothing (the first of a sequence, padding) get 0.
+
     Args:
         model: the module.
         deterministic: False draws the dropout masks from the key.
@@ -46,16 +50,33 @@ def logprobs_apply(model: Llama, *, deterministic: bool) -> Callable[..., jax.Ar
 
     def apply(params: Any, sequences: Sequences, key: jax.Array) -> jax.Array:
         variables = {"params": params}
-        hidden: Any = model.apply(
-            variables,
-            sequences,
-            deterministic=deterministic,
-            rngs=None if deterministic else {"dropout": key},
+        before, follows = hidden_before(
+            model, variables, sequences, None if deterministic else key
         )
-
-        def logits(hidden: jax.Array) -> Any:
-            return model.apply(variables, hidden, method="logits")
-
-        return token_logprobs(logits, hidden, sequences.tokens)
+        logits = functools.partial(model.apply, variables, method="logits")
+        logprobs = token_logprobs(logits, before, sequences.tokens)
+        return jnp.where(follows, logprobs, 0.0)
 
     return apply
+
+
+def hidden_before(
+    model: Llama, variables: Any, sequences: Sequences, key: jax.Array | None
+) -> tuple[jax.Array, jax.Array]:
+    """(hidden state of what each token follows [B T D], whether there is one [B T]).
+
+    Args:
+        model: the module.
+        variables: {"params": ...}.
+        sequences: rows in any layout.
+        key: draws the dropout masks; None = no dropout.
+    """
+    hidden: Any = model.apply(
+        variables,
+        sequences,
+        deterministic=key is None,
+        rngs=None if key is None else {"dropout": key},
+    )
+    before = predecessors(sequences)
+    columns = jnp.maximum(before, 0)[:, :, None]
+    return jnp.take_along_axis(hidden, columns, axis=1), before >= 0

@@ -64,6 +64,18 @@ class EncodedPair:
 
 
 @dataclasses.dataclass
+class EncodedPrompt:
+    """A prompt to be continued."""
+
+    tokens: Ids
+    prompt: Prompt
+    """As text or messages: what a reward reads."""
+    row: dict[str, Any]
+    """The data row; its other columns reach reward functions."""
+    where: str = ""
+
+
+@dataclasses.dataclass
 class EncodedConversation:
     """A conversation to train on: True in the mask = a token the assistant wrote."""
 
@@ -378,6 +390,18 @@ class Encoder:
             skip_special_tokens=False,
             clean_up_tokenization_spaces=False,
         )
+
+    def completion_text(self, prompt: Ids, ids: Ids) -> str:
+        """The text of sampled ids as `completion` would take it, without its end token.
+
+        A completion decoded alone would lose a leading space with some tokenizers: it
+        is decoded behind the prompt's last token.
+        """
+        ids = [int(n) for n in ids]
+        if ids and ids[-1] == self.eos_id:
+            ids.pop()
+        last = [int(prompt[-1])]
+        return self.decode([*last, *ids])[len(self.decode(last)) :]
 
     def describe(self) -> str:
         """One line on the template, for people."""

@@ -58,7 +58,7 @@ def padding_fraction(sequences: Sequences) -> float:
 
 
 @dataclasses.dataclass
-class _Parts:
+class Parts:
     """Segments to be written, as parallel lists."""
 
     tokens: list[Any] = dataclasses.field(default_factory=list)
@@ -182,7 +182,7 @@ def pack_pairs(
         raise ValueError(f"side 'left' needs layout 'padded', got {layout!r}")
     here = plan.rows // process_count
     start = process_index * here
-    parts = _Parts()
+    parts = Parts()
     score_at: Any = np.zeros((here, plan.slots), np.int32)
     for n in _in_rows(plan, layout, start, start + here):
         if layout == "shared":
@@ -215,7 +215,7 @@ def _in_rows(plan: Plan, layout: Layout, start: int, stop: int) -> list[int]:
 
 
 def _add_shared(
-    parts: _Parts,
+    parts: Parts,
     score_at: np.ndarray,
     pair: EncodedPair,
     plan: Plan,
@@ -242,7 +242,7 @@ def _add_shared(
 
 
 def _add_separate(
-    parts: _Parts,
+    parts: Parts,
     score_at: np.ndarray,
     pair: EncodedPair,
     plan: Plan,
@@ -258,7 +258,7 @@ def _add_separate(
 
 
 def _add_sequence(
-    parts: _Parts,
+    parts: Parts,
     score_at: np.ndarray,
     prompt: Any,
     completion: Any,
@@ -376,7 +376,7 @@ def pack_completions(
         pack=layout != "padded",
         where=lambda n: f"completion {n}",
     )
-    parts, score_at = _Parts(), np.zeros((plan.rows, plan.slots), np.int32)
+    parts, score_at = Parts(), np.zeros((plan.rows, plan.slots), np.int32)
     for n, item in enumerate(completions):
         _add_sequence(
             parts,
@@ -418,7 +418,7 @@ def pack_conversations(
         )
     here = plan.rows // process_count
     start = process_index * here
-    parts = _Parts()
+    parts = Parts()
     inside = np.flatnonzero((plan.row >= start) & (plan.row < start + here))
     for n in inside.tolist():
         item = conversations[n]

@@ -34,7 +34,14 @@ from rlhf_jax.data.cache import Cache
 from rlhf_jax.data.encode import Encoder, Pieces
 from rlhf_jax.data.layout import LAYOUTS
 from rlhf_jax.data.rows import Columns, RowError
-from rlhf_jax.data.store import ConversationDataset, Group, PairDataset, flatten
+from rlhf_jax.data.store import (
+    ConversationDataset,
+    Group,
+    PairDataset,
+    PromptDataset,
+    flatten,
+    json_bytes,
+)
 
 REASONS = ("malformed", "empty", "identical", "over_long")
 _CHUNK = 256
@@ -184,7 +191,22 @@ def prepare_conversations(
     return _prepare(_CONVERSATIONS, texts, encoder, config, side_file, training)
 
 
-D = TypeVar("D", PairDataset, ConversationDataset)
+def prepare_prompts(
+    texts: Sequence[str],
+    encoder: Encoder,
+    config: DataConfig = DataConfig(),
+    *,
+    side_file: str | os.PathLike[str] | None = None,
+    training: bool = True,
+) -> tuple[PromptDataset, PrepareReport]:
+    """The prompts of some specs; for the rest see `prepare_pairs`.
+
+    A prompt is over-long above max_prompt_length (max_length where that is null).
+    """
+    return _prepare(_PROMPTS, texts, encoder, config, side_file, training)
+
+
+D = TypeVar("D", PairDataset, ConversationDataset, PromptDataset)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -465,6 +487,43 @@ def _conversation_arrays(kept: list[Any]) -> dict[str, np.ndarray]:
     }
 
 
+# Prompts.
+
+
+def _prompt_pieces(
+    row: dict[str, Any], encoder: Encoder, config: DataConfig
+) -> tuple[list[Pieces], Any]:
+    record = shapes.prompt_row(row, config.columns)
+    pieces = encoder.prompt_pieces(record.prompt, tools=record.tools)
+    return [pieces], {"prompt": record.prompt, "row": row}
+
+
+def _check_prompt(
+    ids: list[Any], config: DataConfig
+) -> tuple[list[Any], tuple[str, str] | None]:
+    prompt, mask = ids[0]
+    limit = config.max_prompt_length or config.max_length
+    if len(prompt) <= limit:
+        return ids, None
+    if config.over_long == "truncate_prompt" and limit > 1:
+        return [([prompt[0], *prompt[1 - limit :]], mask[:limit])], None
+    return ids, ("over_long", f"prompt of {len(prompt)} tokens > {limit}")
+
+
+def _prompt_arrays(kept: list[Any]) -> dict[str, np.ndarray]:
+    tokens = [encoded[0][0] for encoded, _ in kept]
+    rows, sizes = json_bytes([record for _, record in kept])
+    return {
+        "tokens": flatten(tokens),
+        "lengths": np.array([len(part) for part in tokens], np.int64),
+        "rows": rows,
+        "row_sizes": sizes,
+    }
+
+
+_PROMPTS = _Kind(
+    "prompts", _prompt_pieces, _check_prompt, _prompt_arrays, PromptDataset
+)
 _PAIRS = _Kind("pairs", _pair_pieces, _check_pair, _pair_arrays, PairDataset)
 _CONVERSATIONS = _Kind(
     "conversations",

@@ -1,15 +1,18 @@
 """Tokenised datasets in memory: flat int32 arrays and offsets, rows as views.
 
-`PairDataset` and `ConversationDataset` have len(), [i] and `lengths`, which is all that
-packing plans from; [i] costs no copy. `groups` are the parts of a mixture.
+`PairDataset`, `ConversationDataset` and `PromptDataset` have len(), [i] and `lengths`,
+which is all that packing plans from; [i] costs no copy of the ids. `groups` are the
+parts of a mixture.
 """
 
 import dataclasses
+import json
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 
-from rlhf_jax.data.encode import EncodedConversation, EncodedPair
+from rlhf_jax.data.encode import EncodedConversation, EncodedPair, EncodedPrompt
 
 Group = tuple[int, int, float]
 """(first row, row after the last, weight) of one part of a mixture."""
@@ -116,6 +119,49 @@ class ConversationDataset:
         return EncodedConversation(
             self.tokens[start:end], self.completion_mask[start:end], self.where[row]
         )
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class PromptDataset:
+    """Encoded prompts, each with the row it came from: rewards read its columns."""
+
+    tokens: np.ndarray
+    lengths: np.ndarray
+    """[N] tokens of each prompt."""
+    rows: np.ndarray
+    """uint8, the JSON of {"prompt", "row"} of row 0, of row 1, ..."""
+    row_sizes: np.ndarray
+    """[N] bytes of each."""
+    where: Sequence[str]
+    source_row: np.ndarray
+    groups: tuple[Group, ...] = ()
+    pad_id: int = 0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_ends", np.cumsum(self.lengths))
+        object.__setattr__(self, "_row_ends", np.cumsum(self.row_sizes))
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, row: int) -> EncodedPrompt:
+        if not 0 <= row < len(self.lengths):
+            raise IndexError(row)
+        end = int(self._ends[row])  # type: ignore[attr-defined]
+        stop = int(self._row_ends[row])  # type: ignore[attr-defined]
+        text = self.rows[stop - int(self.row_sizes[row]) : stop].tobytes()
+        return EncodedPrompt(
+            tokens=self.tokens[end - int(self.lengths[row]) : end],
+            where=self.where[row],
+            **json.loads(text),
+        )
+
+
+def json_bytes(values: Sequence[Any]) -> tuple[np.ndarray, np.ndarray]:
+    """(all values as JSON, one after the other, uint8; bytes of each)."""
+    texts = [json.dumps(value, default=str).encode() for value in values]
+    sizes = np.array([len(text) for text in texts], np.int64)
+    return np.frombuffer(b"".join(texts), np.uint8), sizes
 
 
 def flatten(parts: Sequence[Sequence[int] | np.ndarray]) -> np.ndarray:

@@ -1,8 +1,10 @@
 """Checkpoints of a run: orbax, asynchronous, atomic; params, optimizer, cursor apart.
 
-checkpoints/STEP/{params,opt_state,cursor}. The cursor is JSON: the data position and
-what else the loop must know to go on exactly (see programs/supervised.py). Frozen
-leaves are not saved: they come from the source that `model/architecture.json` names.
+checkpoints/STEP/{params,opt_state,cursor}, and for RL also critic (parameters and
+optimizer state) and experience (the completions that are being learnt from). The cursor
+is JSON: the data position and what else the loop must know to go on exactly (see
+programs/supervised.py and programs/reinforcement.py). Frozen leaves are not saved: they
+come from the source that `model/architecture.json` names.
 """
 
 import dataclasses
@@ -11,6 +13,7 @@ import pathlib
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from jax.sharding import SingleDeviceSharding
 
@@ -22,26 +25,47 @@ def open_checkpoints(run_dir: pathlib.Path) -> ocp.CheckpointManager:
     """The checkpoint manager of a run directory; close it to wait for pending saves."""
     return ocp.CheckpointManager(
         (pathlib.Path(run_dir) / "checkpoints").absolute(),
-        item_names=("params", "opt_state", "cursor"),
+        item_names=("params", "opt_state", "cursor", "critic", "experience"),
         options=ocp.CheckpointManagerOptions(create=True, max_to_keep=None),
     )
 
 
 def save(
-    manager: ocp.CheckpointManager, state: TrainState, cursor: dict[str, Any]
+    manager: ocp.CheckpointManager,
+    state: TrainState,
+    cursor: dict[str, Any],
+    *,
+    step: int | None = None,
+    critic: TrainState | None = None,
+    experience: dict[str, np.ndarray] | None = None,
 ) -> None:
-    """Starts saving this step, once the save before it is done."""
-    step = int(state.step)
+    """Starts saving, once the save before it is done.
+
+    Args:
+        manager: see `open_checkpoints`.
+        state: of the trained model.
+        cursor: what else the loop must know; JSON.
+        step: number of the checkpoint; None = the state's.
+        critic: the value model's state, in the same checkpoint.
+        experience: arrays of the completions that are being learnt from.
+    """
+    step = int(state.step) if step is None else step
     if step in manager.all_steps():
         return
-    manager.save(
-        step,
-        args=ocp.args.Composite(
-            params=ocp.args.StandardSave(state.params),
-            opt_state=ocp.args.StandardSave(state.opt_state),
-            cursor=ocp.args.JsonSave(cursor),
-        ),
-    )
+    items: dict[str, Any] = {
+        "params": ocp.args.StandardSave(state.params),
+        "opt_state": ocp.args.StandardSave(state.opt_state),
+        "cursor": ocp.args.JsonSave(cursor | {"state_step": int(state.step)}),
+    }
+    if critic is not None:
+        items["critic"] = ocp.args.StandardSave(_trained(critic))
+    if experience is not None:
+        items["experience"] = ocp.args.StandardSave(experience)
+    manager.save(step, args=ocp.args.Composite(**items))
+
+
+def _trained(state: TrainState) -> dict[str, Any]:
+    return {"step": state.step, "params": state.params, "opt_state": state.opt_state}
 
 
 def prune(manager: ocp.CheckpointManager, *, keep: int, best_step: int | None) -> None:
@@ -75,13 +99,36 @@ def restore(
             cursor=ocp.args.JsonRestore(),
         ),
     )
+    cursor = dict(items.cursor)
+    at = cursor.pop("state_step", step)
     restored = dataclasses.replace(
         state,
-        step=jax.device_put(jax.numpy.int32(step), state.step.sharding),
+        step=jax.device_put(jax.numpy.int32(at), state.step.sharding),
         params=items.params,
         opt_state=items.opt_state,
     )
-    return restored, items.cursor
+    return restored, cursor
+
+
+def restore_critic(manager: ocp.CheckpointManager, critic: TrainState) -> TrainState:
+    """The critic of the newest checkpoint, in the shapes and shardings of `critic`."""
+    abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, _trained(critic))
+    items: Any = manager.restore(
+        manager.latest_step(),
+        args=ocp.args.Composite(critic=ocp.args.StandardRestore(abstract)),
+    )
+    return dataclasses.replace(critic, **items.critic)
+
+
+def restore_experience(manager: ocp.CheckpointManager) -> dict[str, np.ndarray] | None:
+    """The experience of the newest checkpoint; None if it was saved between steps."""
+    step = manager.latest_step()
+    assert step is not None
+    folder = pathlib.Path(manager.directory) / str(step) / "experience"
+    if not folder.exists():
+        return None
+    with ocp.StandardCheckpointer() as reader:
+        return dict(reader.restore(folder))
 
 
 def load_params(

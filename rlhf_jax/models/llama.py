@@ -18,6 +18,7 @@ from flax import struct
 from jaxtyping import Array, Float, Int
 
 from rlhf_jax.models import attention as attention_lib
+from rlhf_jax.models import decode as decode_lib
 from rlhf_jax.models import rope
 from rlhf_jax.models.cache import KVCache, write, write_tokens
 from rlhf_jax.models.config import ComputeConfig, Llama3Scaling, LlamaConfig, LoraConfig
@@ -39,7 +40,9 @@ __all__ = [
     "unrolled",
 ]
 
-LayerCache = tuple[Float[Array, "B S K H"], Float[Array, "B S K H"]]
+LayerCache = (
+    tuple[Float[Array, "B S K H"], Float[Array, "B S K H"]] | decode_lib.DecodeLayer
+)
 
 
 @struct.dataclass
@@ -47,7 +50,7 @@ class Context:
     """What every layer of one forward shares."""
 
     rotation: tuple[Float[Array, "B T 1 h"], Float[Array, "B T 1 h"]]
-    visible: attention_lib.Visibility
+    visible: attention_lib.Visibility | decode_lib.DecodeVisibility
     index: Any
     """Column of the cache that is written, an int32 scalar; None without a cache."""
     backend: str = struct.field(pytree_node=False)
@@ -93,14 +96,18 @@ class Attention(nn.Module):
             q = RMSNorm(config.rms_norm_eps, name="q_norm")(q)
             k = RMSNorm(config.rms_norm_eps, name="k_norm")(k)
         q, k = rope.rotate(q, context.rotation), rope.rotate(k, context.rotation)
-        if cache is not None:
-            cache = (
-                write(cache[0], k, context.index),
-                write(cache[1], v, context.index),
-            )
-            if context.reads_cache:
-                k, v = (old.astype(q.dtype) for old in cache)
-        out = self._attend(q, k, v, context)
+        if isinstance(cache, decode_lib.DecodeLayer):
+            cache = decode_lib.write(cache, k, v, context.index)
+            out = decode_lib.attention(q, cache, context.visible)
+        else:
+            if cache is not None:
+                cache = (
+                    write(cache[0], k, context.index),
+                    write(cache[1], v, context.index),
+                )
+                if context.reads_cache:
+                    k, v = (old.astype(q.dtype) for old in cache)
+            out = self._attend(q, k, v, context)
         out = constrain(out, self.rules, "batch", "sequence", "heads", "head_dim")
         project = Linear(
             (config.num_heads, config.head_dim),
@@ -257,14 +264,15 @@ class Llama(nn.Module):
         self,
         sequences: Sequences,
         *,
-        cache: KVCache | None = None,
+        cache: KVCache | decode_lib.DecodeCache | None = None,
         deterministic: bool = True,
     ) -> Any:
         """Hidden states [B T D] after the final norm, in the compute dtype.
 
         Args:
             sequences: tokens and their visibility.
-            cache: if given, the tokens continue it; returns (hidden, new cache).
+            cache: if given, the tokens continue it; returns (hidden, new cache). A
+                DecodeCache takes one token a row.
             deterministic: False draws dropout masks from the rng named "dropout".
 
         Raises:
@@ -276,7 +284,9 @@ class Llama(nn.Module):
                 "copies the whole cache at every layer); set scan_layers to false and "
                 "convert the parameters with rlhf_jax.models.llama.unrolled"
             )
-        if cache is not None:
+        if isinstance(cache, decode_lib.DecodeCache):
+            cache = decode_lib.admit(cache, sequences)
+        elif cache is not None:
             cache = write_tokens(cache, sequences)
         context = self._context(sequences, cache)
         x = self.embed(sequences.tokens, self.compute.dtype)
@@ -290,18 +300,24 @@ class Llama(nn.Module):
         x: Float[Array, "B T D"],
         keys: jax.Array | None,
         context: Context,
-        cache: KVCache | None,
-    ) -> tuple[Float[Array, "B T D"], KVCache | None]:
+        cache: KVCache | decode_lib.DecodeCache | None,
+    ) -> tuple[Float[Array, "B T D"], Any]:
         if self.compute.scan_layers:
             return self.layers(x, keys, context)
+        decodes = isinstance(cache, decode_lib.DecodeCache)
         written = []
         for i, layer in enumerate(self.layers):
             key = None if keys is None else keys[i]
-            old = None if cache is None else (cache.keys[i], cache.values[i])
+            if decodes:
+                old = cache.layers[i]
+            else:
+                old = None if cache is None else (cache.keys[i], cache.values[i])
             x, new = layer(x, key, context, old)
             written.append(new)
         if cache is None:
             return x, None
+        if decodes:
+            return x, decode_lib.advance(cache, tuple(written))
         new_keys, new_values = zip(*written, strict=True)
         index = cache.index + x.shape[1]
         return x, dataclasses.replace(
@@ -330,8 +346,18 @@ class Llama(nn.Module):
             return None
         return jax.random.split(self.make_rng("dropout"), self.config.num_layers)
 
-    def _context(self, sequences: Sequences, cache: KVCache | None) -> Context:
+    def _context(
+        self, sequences: Sequences, cache: KVCache | decode_lib.DecodeCache | None
+    ) -> Context:
         config = self.config
+        if isinstance(cache, decode_lib.DecodeCache):
+            return Context(
+                rotation=rope.angles(config, sequences.positions),
+                visible=decode_lib.visibility(cache, sequences, config.sliding_window),
+                index=cache.column,
+                backend="xla",
+                reads_cache=True,
+            )
         # Tokens that fill the cache attend to themselves alone: nothing is older.
         reads_cache = cache is not None and cache.length > sequences.tokens.shape[1]
         backend = attention_lib.choose_backend(

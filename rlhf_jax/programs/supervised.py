@@ -138,7 +138,7 @@ def supervise(
         manager = stack.enter_context(checkpoint.open_checkpoints(run_dir))
         if manager.latest_step() is not None:
             state, cursor = _resume(manager, state, data_digest)
-        stopping = stack.enter_context(_signals())
+        stopping = stack.enter_context(signals())
         start = int(state.step)
         if loop.patience and cursor.since_best >= loop.patience:
             steps = start  # patience had ended this run already
@@ -308,7 +308,7 @@ def _tokens(batch: Batch) -> int:
 
 
 @contextlib.contextmanager
-def _signals() -> Iterator[Callable[[], int | None]]:
+def signals() -> Iterator[Callable[[], int | None]]:
     """SIGINT and SIGTERM ask the loop to leave after this step; a second one kills."""
     received: list[int] = []
 

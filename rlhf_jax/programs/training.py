@@ -174,7 +174,7 @@ def train(
         make_objective(not drops), tx, state, accum_steps=config.accum_steps
     )
     evaluate = sharded.compile_evaluate(make_objective(True), state)
-    _save_architecture(run_dir, config, kind, model, tokenizer, complete=not frozen)
+    save_architecture(run_dir, config, kind, model, tokenizer, complete=not frozen)
     first = next(iter(data.evals), None)
     best = config.loop.best or (first and f"eval/{first}/{headline}")
     say(
@@ -216,7 +216,7 @@ def train(
     say(f"report: {report.write_report(run_dir)}")
 
 
-def _save_architecture(
+def save_architecture(
     run_dir: pathlib.Path,
     config: Any,
     kind: str,
@@ -288,10 +288,16 @@ def digest(dataset: Any) -> str:
     return hashlib.sha256(dataset.lengths.tobytes()).hexdigest()
 
 
-def latest_step(run_dir: pathlib.Path) -> int:
-    """Step of the newest checkpoint, 0 without one."""
+def latest_step(run_dir: pathlib.Path, epochs: int = 1) -> int:
+    """Step of the newest checkpoint, -1 without one.
+
+    Args:
+        run_dir: of the run.
+        epochs: checkpoints a step may have; their numbers count them.
+    """
     names = (path.name for path in (run_dir / "checkpoints").glob("*"))
-    return max((int(name) for name in names if name.isdigit()), default=0)
+    numbers = [int(name) for name in names if name.isdigit()]
+    return max(numbers) // epochs if numbers else -1
 
 
 def count(params: Any) -> int:

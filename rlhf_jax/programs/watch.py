@@ -1,0 +1,78 @@
+"""What should make the person who watches an RL run look up, as lines of text.
+
+`watch` looks at the metrics of the steps so far and is silent while there is nothing to
+say. It compares the last `WINDOW` steps with the `WINDOW` before them, by means and
+their standard errors, so that noise alone rarely speaks; each kind of line comes at
+most once in `WINDOW` steps.
+"""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+WINDOW = 20
+"""Steps in a window."""
+_SURE = 3.0
+"""Standard errors that a difference must exceed."""
+
+
+def watch(history: Sequence[dict[str, float]]) -> list[str]:
+    """Warnings after the newest step.
+
+    Args:
+        history: metrics of every step so far, oldest first.
+    """
+    if len(history) < 2 * WINDOW or len(history) % WINDOW:
+        return []
+    lines = []
+    proxy, gold = _change(history, "reward/proxy"), _change(history, "reward/gold")
+    entropy = _change(history, "policy/entropy")
+    if proxy > _SURE and gold < -_SURE:
+        lines.append(
+            "the proxy reward rises while the gold reward falls: the reward model is "
+            "being over-optimised"
+        )
+    if proxy > _SURE and entropy < -_SURE and _last(history, "policy/entropy") < 0.1:
+        lines.append(
+            "the proxy reward rises while entropy has collapsed below 0.1 nats a token"
+        )
+    kl = _values(history, "policy/kl")
+    if len(kl) >= 2 * WINDOW and kl[-1] > 5 * max(np.median(kl[-WINDOW:]), 1e-3):
+        lines.append(
+            f"the KL to the reference jumped to {kl[-1]:.3g} nats, five times its "
+            f"median of the last {WINDOW} steps"
+        )
+    surrogate = abs(_last(history, "policy/surrogate"))
+    auxiliary = abs(_last(history, "train/loss") - _last(history, "policy/surrogate"))
+    if math.isfinite(auxiliary) and auxiliary > 10 * max(surrogate, 1e-3):
+        lines.append(
+            "auxiliary losses (KL, entropy, PTX) are ten times the policy loss"
+        )
+    held_out = [k for k in history[-1] if k.startswith("eval/") and k.endswith("/loss")]
+    if abs(_last(history, "train/loss")) < 1e-4 and any(
+        abs(_change(history, name)) < 1 for name in held_out
+    ):
+        lines.append("the training loss is near zero while validation stands still")
+    return lines
+
+
+def _values(history: Sequence[dict[str, float]], name: str) -> np.ndarray:
+    found = [values[name] for values in history if name in values]
+    return np.array([v for v in found if math.isfinite(v)])
+
+
+def _last(history: Sequence[dict[str, float]], name: str) -> float:
+    """Mean of the last window; nan without the metric."""
+    values = _values(history[-WINDOW:], name)
+    return float(values.mean()) if len(values) else math.nan
+
+
+def _change(history: Sequence[dict[str, float]], name: str) -> float:
+    """Last window less the one before, in standard errors; 0 where unknown."""
+    new = _values(history[-WINDOW:], name)
+    old = _values(history[-2 * WINDOW : -WINDOW], name)
+    if len(new) < 2 or len(old) < 2:
+        return 0.0
+    error = math.sqrt(new.var(ddof=1) / len(new) + old.var(ddof=1) / len(old))
+    return float((new.mean() - old.mean()) / max(error, 1e-12))

@@ -1,0 +1,1 @@
+"""Sampling: (params, prompts, key) -> Rollout, and the warping of one distribution."""
