@@ -35,6 +35,9 @@ PROGRAMS = {
     ),
     "rloo": Program("rlhf_jax.programs.rloo", "RlooConfig", "train a policy with RLOO"),
     "ppo": Program("rlhf_jax.programs.ppo", "PpoConfig", "train a policy with PPO"),
+    "generate": Program(
+        "rlhf_jax.programs.generate", "GenerateConfig", "prompts in, completions out"
+    ),
     "score": Program("rlhf_jax.programs.score", "ScoreConfig", "texts in, rewards out"),
     "serve": Program(
         "rlhf_jax.programs.serve", "ServeConfig", "a reward model behind HTTP"
@@ -56,6 +59,14 @@ PROGRAMS = {
     ),
 }
 
+STUDIES = {
+    "over-optimisation": Program(
+        "rlhf_jax.studies.over_optimisation",
+        "OverOptimisationConfig",
+        "gold against proxy reward under RL, by annotator bias",
+    ),
+}
+
 
 def main(argv: list[str] | None = None) -> None:
     """Runs a program; exits 2 on bad input, 1 on a failed run, 128 + n on signal n."""
@@ -66,16 +77,20 @@ def main(argv: list[str] | None = None) -> None:
     if argv[0] == "--version":
         print(importlib.import_module("importlib.metadata").version("rlhf-jax"))
         return
-    name = argv[0]
-    if name not in PROGRAMS:
+    name, argv = argv[0], argv[1:]
+    if name == "study":
+        if not argv or argv[0] not in STUDIES:
+            _fail(_unknown_study(argv))
+        name, argv = f"study {argv[0]}", argv[1:]
+    elif name not in PROGRAMS:
         _fail(_unknown(name))
     _keep_compiled()
     logging.getLogger("absl").setLevel(logging.ERROR)  # orbax's running commentary
-    program = PROGRAMS[name]
+    program = PROGRAMS.get(name) or STUDIES[name.removeprefix("study ")]
     module = importlib.import_module(program.module)
     configs = importlib.import_module("rlhf_jax.config")
     config = configs.parse(
-        getattr(module, program.config), argv[1:], prog=f"rlhf-jax {name}"
+        getattr(module, program.config), argv, prog=f"rlhf-jax {name}"
     )
     try:
         module.run(config)
@@ -91,8 +106,10 @@ def main(argv: list[str] | None = None) -> None:
 
 def usage() -> str:
     """The list of programs."""
-    width = max(map(len, PROGRAMS))
-    lines = [f"  {name:{width}}  {p.summary}" for name, p in PROGRAMS.items()]
+    summaries = {name: program.summary for name, program in PROGRAMS.items()}
+    summaries["study"] = f"an experiment: {', '.join(STUDIES)}"
+    width = max(map(len, summaries))
+    lines = [f"  {name:{width}}  {summary}" for name, summary in summaries.items()]
     return "\n".join(
         [
             "usage: rlhf-jax PROGRAM [options]",
@@ -122,9 +139,24 @@ def _keep_compiled() -> None:
 def _unknown(name: str) -> str:
     import difflib
 
-    near = difflib.get_close_matches(name, PROGRAMS, n=1)
+    near = difflib.get_close_matches(name, [*PROGRAMS, "study"], n=1)
     hint = f"; did you mean {near[0]!r}?" if near else ""
     return f"rlhf-jax: error: unknown program {name!r}{hint}\n{usage()}"
+
+
+def _unknown_study(argv: list[str]) -> str:
+    lines = [f"  {name}  {program.summary}" for name, program in STUDIES.items()]
+    got = repr(argv[0]) if argv else "none"
+    return "\n".join(
+        [
+            f"rlhf-jax study: error: expected the name of a study, got {got}",
+            "",
+            "studies:",
+            *lines,
+            "",
+            "rlhf-jax study NAME --help lists its options",
+        ]
+    )
 
 
 def _fail(message: str, code: int = 2) -> None:

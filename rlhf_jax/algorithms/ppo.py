@@ -119,9 +119,9 @@ def ppo_objective(
             clip_eps=clip_eps,
             dual_clip=dual_clip,
         )
-        surrogate = masked_mean(losses, mask)
         metrics = policy_metrics(batch, logprobs, entropy, mask, clip_eps=clip_eps)
-        metrics["policy/surrogate"] = surrogate
+        metrics["policy/surrogate"] = masked_mean(losses, mask)
+        metrics["policy/surrogate_size"] = masked_mean(jnp.abs(losses), mask)
         if entropy_coef:
             losses -= entropy_coef * jnp.where(mask, entropy, 0.0)
         return masked_mean(losses, mask), metrics

@@ -105,6 +105,8 @@ def rloo_objective(
             batch.weight > 0,
             clip_eps=clip_eps,
         )
+        metrics["policy/surrogate"] = weighted_mean(losses, batch.weight)
+        metrics["policy/surrogate_size"] = weighted_mean(jnp.abs(losses), batch.weight)
         if kl_loss is not None:
             away = kl_loss(logprobs, batch.ref_logprobs, mask)
             losses += kl_coef * policy.sequence_sums(
@@ -152,6 +154,8 @@ def rloo_token_objective(
             mask,
             clip_eps=clip_eps,
         )
+        metrics["policy/surrogate"] = masked_mean(losses, mask)
+        metrics["policy/surrogate_size"] = masked_mean(jnp.abs(losses), mask)
         if kl_loss is not None:
             losses += kl_coef * kl_loss(logprobs, batch.ref_logprobs, mask)
         return masked_mean(losses, mask), metrics

@@ -1,8 +1,9 @@
 """report.html of a run directory, from the files that are in it.
 
-`write_report` reads config.yaml, metrics.jsonl, best.json and evaluate.json, whichever
-are there, draws plots/*.png and writes report.html. It may be called again at any time:
-after training, after evaluation, on a run that was killed.
+`write_report` reads config.yaml, metrics.jsonl, samples.jsonl, best.json, evaluate.json
+and best_of_n.json, whichever are there, draws plots/*.png and writes report.html. It
+may be called again at any time: after training, after evaluation, on a run that was
+killed.
 """
 
 import json
@@ -19,6 +20,12 @@ from rlhf_jax.io.evaluation_report import (
     evaluation_tiles,
 )
 from rlhf_jax.io.html import Plot, Report, Section, Table, Tile
+from rlhf_jax.io.rl_report import (
+    best_of_n_sections,
+    is_rl,
+    rl_sections,
+    rl_tiles,
+)
 
 
 def write_report(run_dir: str | pathlib.Path) -> pathlib.Path:
@@ -31,10 +38,12 @@ def write_report(run_dir: str | pathlib.Path) -> pathlib.Path:
     run_dir = pathlib.Path(run_dir)
     rows, unreadable = read_metrics(run_dir / "metrics.jsonl")
     evaluation = _read_json(run_dir / "evaluate.json")
-    if not rows and evaluation is None:
+    picked = _read_json(run_dir / "best_of_n.json")
+    if not rows and evaluation is None and picked is None:
         raise ValueError(
-            f"{run_dir}: neither metrics.jsonl with a line nor evaluate.json; "
-            "a report needs one of them: train or evaluate into this directory first"
+            f"{run_dir}: neither metrics.jsonl with a line nor evaluate.json nor "
+            "best_of_n.json; a report needs one of them: train or evaluate into this "
+            "directory first"
         )
     best = _read_json(run_dir / "best.json")
     config = _read_yaml(run_dir / "config.yaml")
@@ -46,6 +55,10 @@ def write_report(run_dir: str | pathlib.Path) -> pathlib.Path:
         sections += evaluation_sections(evaluation, run_dir / "plots")
         tiles += evaluation_tiles(evaluation)
         notes += evaluation_notes(evaluation)
+    sections += best_of_n_sections(picked, run_dir / "plots")
+    if is_rl(rows):
+        sections += rl_sections(rows, run_dir)
+        tiles += rl_tiles(rows)
     if rows:
         sections.append(_training_section(rows, best, run_dir / "plots"))
         tiles += _training_tiles(rows, best)

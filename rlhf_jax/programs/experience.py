@@ -238,11 +238,30 @@ def pack(
     )
 
 
+def pack_alike(
+    completions: Completions, parts: Sequence[np.ndarray], packing: Packing
+) -> list[PackedGroups]:
+    """Each part in rows, the number of rows the same for all.
+
+    Args:
+        completions: of the step.
+        parts: members of each micro-batch.
+        packing: of the run.
+    """
+    packed = [pack(completions, part, packing, rows=None) for part in parts]
+    rows = max(len(part.sample) for part in packed)
+    return [
+        have
+        if len(have.sample) == rows
+        else pack(completions, members, packing, rows=rows)
+        for members, have in zip(parts, packed, strict=True)
+    ]
+
+
 def experience(
-    completions: Completions, members: np.ndarray, packing: Packing, rows: int | None
+    completions: Completions, members: np.ndarray, packed: PackedGroups
 ) -> Experience:
     """A batch of some of the completions, as NumPy arrays."""
-    packed = pack(completions, members, packing, rows=rows)
     advantages = completions.advantages[members]
     fields: dict[str, Any] = {
         name: to_rows(packed, getattr(completions, name)[members].astype(np.float32))
@@ -276,24 +295,39 @@ def minibatches(
         count: minibatches.
         accum_steps: micro-batches in each: if above 1, every leaf has that leading
             axis.
-        rng: decides the order.
+        rng: decides the order; from `epoch_rng`.
     """
+    for parts in epoch_parts(
+        completions, count=count, accum_steps=accum_steps, rng=rng
+    ):
+        micro = [
+            experience(completions, members, packed)
+            for members, packed in zip(parts, pack_alike(completions, parts, packing))
+        ]
+        if accum_steps == 1:
+            yield micro[0]
+        else:
+            yield jax.tree.map(lambda *leaves: np.stack(leaves), *micro)
+
+
+def epoch_rng(seed: int, step: int, epoch: int) -> np.random.Generator:
+    """What decides the order of one epoch; a resumed run finds it again."""
+    return np.random.default_rng((seed, step, epoch))
+
+
+def epoch_parts(
+    completions: Completions, *, count: int, accum_steps: int, rng: np.random.Generator
+) -> list[list[np.ndarray]]:
+    """Members of each micro-batch of each minibatch of one epoch."""
     samples = completions.num_samples
     order = rng.permutation(len(completions.prompt_lengths))
-    for groups in np.split(order, count):
-        micro = [
+    return [
+        [
             (part[:, None] * samples + np.arange(samples)).reshape(-1)
             for part in np.split(groups, accum_steps)
         ]
-        if accum_steps == 1:
-            yield experience(completions, micro[0], packing, None)
-            continue
-        rows = max(
-            len(pack(completions, members, packing, rows=None).sample)
-            for members in micro
-        )
-        parts = [experience(completions, members, packing, rows) for members in micro]
-        yield jax.tree.map(lambda *leaves: np.stack(leaves), *parts)
+        for groups in np.split(order, count)
+    ]
 
 
 def forward(
@@ -302,6 +336,7 @@ def forward(
     packing: Packing,
     *,
     chunk: int,
+    parts: Sequence[Sequence[np.ndarray]] | None = None,
 ) -> np.ndarray:
     """function(Sequences) -> [B T], read at the completion tokens: [M C] float32.
 
@@ -310,13 +345,17 @@ def forward(
         completions: of the step.
         packing: of the run.
         chunk: completions in one call.
+        parts: from `epoch_parts`: the calls get the very rows of that epoch instead,
+            as sums over other rows would round otherwise.
     """
     out = np.zeros(completions.mask.shape, np.float32)
     waiting: list[tuple[np.ndarray, PackedGroups, Any]] = []
-    for start in range(0, len(out), chunk):
-        members = np.arange(start, min(start + chunk, len(out)))
-        packed = pack(completions, members, packing, rows=None)
-        waiting.append((members, packed, function(packed.sequences)))
+    if parts is None:
+        cuts = range(chunk, len(out), chunk)
+        parts = [[members] for members in np.split(np.arange(len(out)), cuts)]
+    for micro in parts:
+        for members, packed in zip(micro, pack_alike(completions, micro, packing)):
+            waiting.append((members, packed, function(packed.sequences)))
     for members, packed, rows in waiting:
         out[members] = to_completions(packed, jax.device_get(rows))
     return out

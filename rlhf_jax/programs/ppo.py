@@ -194,6 +194,13 @@ class PpoConfig:
                 f"loss.critic_warmup {self.loss.critic_warmup}: expected fewer than "
                 f"steps {self.steps}, or the policy never learns"
             )
+        completions = self.batch_size * self.sampling.num_samples
+        least = completions * kl_controller.MAX_ERROR
+        if self.loss.kl_target is not None and not self.loss.kl_horizon > least:
+            raise ValueError(
+                f"loss.kl_horizon {self.loss.kl_horizon}: expected more than "
+                f"{least:g}, a fifth of the {completions} completions of a step"
+            )
 
 
 def run(config: PpoConfig) -> pathlib.Path:
@@ -428,7 +435,13 @@ def _ptx_rows(
             prefetch=0,
         )
         ptx, _ = next(iter(stream))
-        sampled = np.sum(np.asarray(batch.sequences.completion_mask))
+        # Of these tokens alone the policy's loss is the mean.
+        learnt = np.take_along_axis(
+            np.asarray(batch.weight) > 0,
+            np.asarray(batch.sample).reshape(*batch.weight.shape[:-1], -1),
+            axis=-1,
+        ).reshape(batch.sample.shape)
+        sampled = np.sum(np.asarray(batch.sequences.completion_mask) & learnt)
         supervised = np.sum(np.asarray(ptx.completion_mask))
         scale: Any = np.full(ptx.tokens.shape, sampled / supervised, np.float32)
         return ppo.Mixed(experience=batch, ptx=ptx, ptx_scale=scale)

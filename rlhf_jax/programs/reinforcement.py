@@ -20,7 +20,8 @@ import numpy as np
 
 from rlhf_jax.io import checkpoint, progress
 from rlhf_jax.io.metrics import Write
-from rlhf_jax.programs.experience import Completions
+from rlhf_jax.io.run_dir import write_atomic
+from rlhf_jax.programs.experience import Completions, epoch_rng
 from rlhf_jax.programs.supervised import Interrupted, signals
 from rlhf_jax.programs.watch import watch
 from rlhf_jax.types import Experience, TrainState
@@ -142,7 +143,8 @@ def reinforce(
     Raises:
         FloatingPointError: an update was not finite and loop.nonfinite is "stop".
         Interrupted: SIGINT or SIGTERM came; the state is saved.
-        ValueError: a reward failed; the state from before the step is saved.
+        ValueError: a reward failed; the state from before the step, or from before the
+            evaluation, is saved.
     """
     every = {
         name: getattr(loop, f"{name}_every") or max(1, steps // per_run)
@@ -153,22 +155,24 @@ def reinforce(
     history: list[dict[str, float]] = []
     with contextlib.ExitStack() as stack:
         manager = stack.enter_context(checkpoint.open_checkpoints(run_dir))
-        if manager.latest_step() is not None:
+        fresh = manager.latest_step() is None
+        if not fresh:
             learner, cursor, completions = _resume(manager, learner, cursor)
         stopping = stack.enter_context(signals())
         bar = stack.enter_context(progress.rl_bar(title, steps, cursor.step))
         save = _Saver(manager, loop.keep, epochs)
-        if cursor.step == 0 and cursor.epoch == 0 and (found := evaluate(learner)):
+        if fresh and (found := evaluate(learner)):
             write(0, found)
             bar.evaluated(0, found)
         while cursor.step < steps:
             started = time.perf_counter()
             step = cursor.step + 1
             if completions is None:
+                before = dataclasses.replace(cursor)
                 try:
                     completions, metrics, table = gather(learner, cursor)
                 except ValueError:
-                    save(learner, cursor, None)
+                    save(learner, before, None)
                     raise
                 completions, more = targets(completions, cursor)
                 cursor.gathered = metrics | more
@@ -176,7 +180,7 @@ def reinforce(
                     _write_samples(run_dir, step, table[: loop.samples])
             updates: list[dict[str, Any]] = list(cursor.updates)
             for epoch in range(cursor.epoch, epochs):
-                order = np.random.default_rng((seed, cursor.step, epoch))
+                order = epoch_rng(seed, cursor.step, epoch)
                 for batch in epoch_batches(completions, order):
                     learner, metrics = learn(learner, batch, key, cursor)
                     updates.append(metrics)
@@ -188,12 +192,18 @@ def reinforce(
             values = cursor.gathered | _mean(_floats(updates))
             values["train/learning_rate"] = learning_rate(int(learner.policy.step))
             values["perf/step_s"] = time.perf_counter() - started
+            if step % every["eval"] == 0 or step == steps:
+                try:
+                    found = evaluate(learner)
+                except ValueError:  # all epochs are done, the step is not
+                    cursor.updates = _floats(updates)
+                    save(learner, cursor, completions)
+                    raise
+                values |= found
+                bar.evaluated(step, found)
             completions = None
             cursor.step, cursor.epoch = step, 0
             cursor.gathered, cursor.updates = {}, []
-            if step % every["eval"] == 0 or step == steps:
-                values |= (found := evaluate(learner))
-                bar.evaluated(step, found)
             write(step, values)
             bar.advance(step, values)
             history.append(values)
@@ -292,4 +302,4 @@ def _write_samples(run_dir: pathlib.Path, step: int, table: list[dict]) -> None:
         json.dumps({"schema": 1, "step": step, **row}, ensure_ascii=False)
         for row in table
     ]
-    path.write_text("\n".join(kept) + "\n", encoding="utf-8")
+    write_atomic(path, "".join(f"{line}\n" for line in kept))

@@ -65,7 +65,8 @@ class Setting:
     """Completions in one forward pass."""
     generate: Callable[..., Rollout]
     """Jitted (params, PromptBatch, key) -> Rollout."""
-    ref_logprobs: Callable[[Sequences], jax.Array]
+    ref_logprobs: Callable[[TrainState, Sequences], jax.Array]
+    """(policy, rows) -> [B T]; of the policy at most its frozen leaves are read."""
     logprobs: Callable[[Any, Sequences], jax.Array]
     """Jitted (params, rows) -> [B T]."""
     put: Callable[[Any], Any]
@@ -99,7 +100,7 @@ class Setting:
         clock.lap("reward")
         completions = xp.collect(prompts, rollout, total, config.shaping)
         completions.ref_logprobs = xp.forward(
-            self._on_mesh(self.ref_logprobs),
+            self._on_mesh(functools.partial(self.ref_logprobs, learner.policy)),
             completions,
             self.packing,
             chunk=self.chunk,
@@ -108,7 +109,16 @@ class Setting:
             params = join_trees(learner.policy.params, learner.policy.frozen)
             now = functools.partial(self.logprobs, params)
             completions.old_logprobs = xp.forward(
-                self._on_mesh(now), completions, self.packing, chunk=self.chunk
+                self._on_mesh(now),
+                completions,
+                self.packing,
+                chunk=self.chunk,
+                parts=xp.epoch_parts(
+                    completions,
+                    count=config.minibatches,
+                    accum_steps=config.accum_steps,
+                    rng=xp.epoch_rng(config.seed, cursor.step, 0),
+                ),
             )
         clock.lap("logprobs")
         cursor.next_row += config.batch_size
@@ -187,7 +197,7 @@ def open_rl(config: Any) -> Iterator[Setting]:
         )
         encoder = prepare.make_encoder(tokenizer, config.rows)
         rows = dataclasses.replace(
-            config.rows, max_prompt_length=_prompt_limit(config, model)
+            config.rows, max_prompt_length=prompt_limit(config, model)
         )
         data = training.prepare_sets(
             prepare.prepare_prompts,
@@ -229,7 +239,7 @@ def open_rl(config: Any) -> Iterator[Setting]:
                     model, config.sampling, stop_ids=stop_ids(config, encoder)
                 )
             ),
-            ref_logprobs=_reference(config, model, params, frozen, mesh),
+            ref_logprobs=_reference(config, model, params, mesh),
             logprobs=logprobs,
             put=sharded.make_put(mesh),
             put_micro=sharded.make_put(mesh, accum_steps=config.accum_steps),
@@ -246,6 +256,8 @@ def check_rl(config: Any) -> None:
             raise ValueError(
                 f"{name}: expected at least 1, got {getattr(config, name)}"
             )
+    if config.seed < 0:
+        raise ValueError(f"seed: expected at least 0, got {config.seed}")
     if config.batch_size % (config.minibatches * config.accum_steps):
         raise ValueError(
             f"batch_size {config.batch_size}: expected a multiple of minibatches "
@@ -275,7 +287,7 @@ def _temperature(config: Any) -> float:
     return config.sampling.temperature or 1.0
 
 
-def _prompt_limit(config: Any, model: Llama) -> int:
+def prompt_limit(config: Any, model: Llama) -> int:
     """Tokens of a prompt that leave room for a completion."""
     longest = min(config.rows.max_length, model.config.max_position_embeddings)
     room = longest - config.sampling.max_new_tokens
@@ -312,10 +324,10 @@ def _chunk(config: Any) -> int:
 
 
 def _reference(
-    config: Any, model: Llama, params: Any, frozen: Any, mesh: Mesh
-) -> Callable[[Sequences], jax.Array]:
-    """rows -> reference log-probabilities [B T]."""
-    bare = model.clone(lora=LoraConfig())
+    config: Any, model: Llama, params: Any, mesh: Mesh
+) -> Callable[[TrainState, Sequences], jax.Array]:
+    """(policy, rows) -> reference log-probabilities [B T]."""
+    bare, ref_params = model.clone(lora=LoraConfig()), None
     if config.reference is not None:
         bare, ref_params, _ = load_policy(
             config.reference,
@@ -329,14 +341,16 @@ def _reference(
                 f"{bare.config.vocab_size}, the policy has {model.config.vocab_size}; "
                 "the two must share a tokenizer"
             )
-    elif config.lora.rank:
-        ref_params = frozen
-    else:
+    elif not config.lora.rank:
         # The policy's own leaves are given away at the first update.
         ref_params = jax.tree.map(lambda x: x.copy(), params)
     apply = policy_apply(bare, temperature=_temperature(config), deterministic=True)
     logprobs = jax.jit(lambda p, s: apply(p, s, jax.random.key(0))[0])
-    return functools.partial(logprobs, ref_params)
+    # Without parameters of its own it is the base of the policy's adapters, which
+    # every update gives away and hands back: only the newest state holds them.
+    return lambda policy, rows: logprobs(
+        policy.frozen if ref_params is None else ref_params, rows
+    )
 
 
 def digest(dataset: PromptDataset) -> str:

@@ -289,15 +289,20 @@ def digest(dataset: Any) -> str:
 
 
 def latest_step(run_dir: pathlib.Path, epochs: int = 1) -> int:
-    """Step of the newest checkpoint, -1 without one.
+    """The last step that the newest checkpoint has wholly behind it, -1 without one.
 
     Args:
         run_dir: of the run.
         epochs: checkpoints a step may have; their numbers count them.
     """
-    names = (path.name for path in (run_dir / "checkpoints").glob("*"))
-    numbers = [int(name) for name in names if name.isdigit()]
-    return max(numbers) // epochs if numbers else -1
+    folder = run_dir / "checkpoints"
+    numbers = [int(path.name) for path in folder.glob("*") if path.name.isdigit()]
+    if not numbers:
+        return -1
+    newest = max(numbers)
+    # All epochs done and the completions kept: the step's evaluation failed.
+    unfinished = (folder / str(newest) / "experience").exists() and newest % epochs == 0
+    return newest // epochs - unfinished
 
 
 def count(params: Any) -> int:

@@ -15,6 +15,8 @@ WINDOW = 20
 """Steps in a window."""
 _SURE = 3.0
 """Standard errors that a difference must exceed."""
+_SMALL_KL = 0.1
+"""Nats of a completion below which a jump is no concern."""
 
 
 def watch(history: Sequence[dict[str, float]]) -> list[str]:
@@ -37,15 +39,16 @@ def watch(history: Sequence[dict[str, float]]) -> list[str]:
         lines.append(
             "the proxy reward rises while entropy has collapsed below 0.1 nats a token"
         )
-    kl = _values(history, "policy/kl")
-    if len(kl) >= 2 * WINDOW and kl[-1] > 5 * max(np.median(kl[-WINDOW:]), 1e-3):
+    jumps = _jumps(_values(history, "policy/kl"))
+    if jumps:
         lines.append(
-            f"the KL to the reference jumped to {kl[-1]:.3g} nats, five times its "
-            f"median of the last {WINDOW} steps"
+            f"the KL to the reference jumped to {max(jumps):.3g} nats, more than five "
+            f"times its median of the {WINDOW} steps before"
         )
-    surrogate = abs(_last(history, "policy/surrogate"))
+    # The surrogate's mean is near zero whatever is learnt; its size is not.
+    size = _last(history, "policy/surrogate_size")
     auxiliary = abs(_last(history, "train/loss") - _last(history, "policy/surrogate"))
-    if math.isfinite(auxiliary) and auxiliary > 10 * max(surrogate, 1e-3):
+    if auxiliary > 10 * max(size, 1e-3):
         lines.append(
             "auxiliary losses (KL, entropy, PTX) are ten times the policy loss"
         )
@@ -68,11 +71,23 @@ def _last(history: Sequence[dict[str, float]], name: str) -> float:
     return float(values.mean()) if len(values) else math.nan
 
 
+def _jumps(values: np.ndarray) -> list[float]:
+    """Those of the last window that stand out from the window before each."""
+    found = []
+    for at in range(max(len(values) - WINDOW, WINDOW), len(values)):
+        before = values[at - WINDOW : at]
+        usual = float(np.median(before))
+        spread = 2 * _SURE * float(before.std(ddof=1))
+        if values[at] > max(5 * usual, usual + spread, _SMALL_KL):
+            found.append(float(values[at]))
+    return found
+
+
 def _change(history: Sequence[dict[str, float]], name: str) -> float:
-    """Last window less the one before, in standard errors; 0 where unknown."""
+    """Last window less the one before, in standard errors; nan where unknown."""
     new = _values(history[-WINDOW:], name)
     old = _values(history[-2 * WINDOW : -WINDOW], name)
     if len(new) < 2 or len(old) < 2:
-        return 0.0
+        return math.nan
     error = math.sqrt(new.var(ddof=1) / len(new) + old.var(ddof=1) / len(old))
     return float((new.mean() - old.mean()) / max(error, 1e-12))

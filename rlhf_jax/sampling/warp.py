@@ -7,6 +7,7 @@ which costs 31 sums. Tokens that tie with the last one kept are kept too.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -119,7 +120,7 @@ def _largest(
 ) -> Float[Array, "B 1"]:
     """The largest float in [0, 1] for which `enough` holds; it must hold at 0."""
 
-    def halve(_: int, bounds: tuple[jax.Array, jax.Array]) -> tuple:
+    def halve(_: Any, bounds: tuple[jax.Array, jax.Array]) -> tuple:
         low, high = bounds  # enough at low, not above high
         middle = (low + high + 1) // 2
         good = enough(jax.lax.bitcast_convert_type(middle, jnp.float32))

@@ -1,11 +1,14 @@
-"""`rlhf-jax quickstart`: the main job on the embedded testbed, in under two minutes.
+"""`rlhf-jax quickstart`: the whole story on the embedded testbed, in four minutes.
 
-Nothing is downloaded. Preferences with known label noise are drawn from the testbed; a
-small reward model is trained on them, evaluated on the four disjoint scenarios of the
-BSR paper (arXiv:2505.07271, section 3) and exported for transformers.
+SFT, a reward model on preferences with known label noise, RLOO against that reward
+model with the exact gold reward logged beside it; then the reward model on the four
+disjoint scenarios of the BSR paper (arXiv:2505.07271, section 3), and exports for
+transformers. Nothing is downloaded. Every part is a run of the program of that name,
+in a directory of its own.
 """
 
 import dataclasses
+import json
 import pathlib
 from typing import Any
 
@@ -13,8 +16,10 @@ from rich.console import Console
 from rich.table import Table
 
 from rlhf_jax.algorithms.optimizer import OptimizerConfig
-from rlhf_jax.programs import evaluate, export, reward
+from rlhf_jax.programs import evaluate, export, reward, rloo, sft
+from rlhf_jax.programs.reinforcement import RLLoopConfig
 from rlhf_jax.programs.supervised import LoopConfig
+from rlhf_jax.sampling.generate import SamplingConfig
 
 SCENARIOS = {
     "val_id": "same prompts and styles, new responses",
@@ -22,17 +27,22 @@ SCENARIOS = {
     "val_response_ood": "new styles of response",
     "val_both_ood": "new prompts and new styles",
 }
+GOLD = "rlhf_jax.testbed:gold_rewards"
 
 
 @dataclasses.dataclass(frozen=True)
 class QuickstartConfig:
-    """Train, evaluate and export a reward model on the embedded testbed."""
+    """SFT, reward model and RLOO on the embedded testbed."""
 
     run_dir: str = "runs/quickstart"
-    """Directory of the run; a finished one is only shown again."""
-    steps: int = 300
+    """Directory of the runs; finished ones are only shown again."""
+    sft_steps: int = 300
+    """Optimizer steps of 64 demonstrations."""
+    reward_steps: int = 300
     """Optimizer steps of 64 pairs."""
-    pairs: int = 6000
+    rloo_steps: int = 60
+    """Steps of 32 prompts with four completions each."""
+    pairs: int = 8000
     """Training pairs."""
     flip_rate: float = 0.1
     """Share of training labels that are flipped."""
@@ -44,38 +54,61 @@ class QuickstartConfig:
 
 def run(config: QuickstartConfig) -> None:
     """Trains, evaluates, exports and prints what came out and where it lies."""
-    run_dir = pathlib.Path(config.run_dir)
+    root = pathlib.Path(config.run_dir)
+    sft.run(sft_config(config))
     reward.run(reward_config(config))
     result = evaluate.run(evaluate_config(config))
-    exported = run_dir / "export"
-    if not exported.exists():
-        export.run(export.ExportConfig(model=config.run_dir, out=str(exported)))
+    rloo.run(rloo_config(config))
+    for name in ("reward", "rloo"):
+        if not (root / f"{name}-export").exists():
+            export.run(
+                export.ExportConfig(
+                    model=str(root / name), out=str(root / f"{name}-export")
+                )
+            )
     console = Console()
-    console.print(summary(result))
-    console.print(f"plots       {run_dir / 'plots'}", highlight=False)
-    console.print(f"report      {run_dir / 'report.html'}", highlight=False)
-    console.print(f"exported    {exported}", highlight=False)
-    console.print(
-        f"next        rlhf-jax score --model {run_dir} --help", highlight=False
+    console.print(scenario_table(result))
+    console.print(policy_table(root / "rloo"))
+    for what, where in (
+        ("gold and proxy", root / "rloo" / "plots" / "over_optimisation.png"),
+        ("reports", root / "{sft,reward,rloo}" / "report.html"),
+        ("exported", root / "{reward,rloo}-export"),
+        ("next", f"rlhf-jax generate --model {root / 'rloo'} --data testbed:rl_val"),
+    ):
+        console.print(f"{what:15} {where}", highlight=False)
+
+
+def sft_config(config: QuickstartConfig) -> sft.SftConfig:
+    """The `rlhf-jax sft` run."""
+    return sft.SftConfig(
+        run_dir=f"{config.run_dir}/sft",
+        model="testbed",
+        data=[f"testbed:sft?size=8000&seed={config.seed}"],
+        eval_data=[f"val=testbed:sft_val?size=200&seed={config.seed}"],
+        batch_size=64,
+        steps=config.sft_steps,
+        seed=config.seed,
+        optimizer=OptimizerConfig(learning_rate=2e-3, schedule="cosine"),
+        loop=LoopConfig(eval_every=max(config.sft_steps // 3, 1), keep=1),
     )
 
 
 def reward_config(config: QuickstartConfig) -> reward.RewardConfig:
-    """The `rlhf-jax reward` run that quickstart stands for."""
+    """The `rlhf-jax reward` run; it starts from the SFT policy."""
     train = f"testbed:train?size={config.pairs}&seed={config.seed}"
     held_out = f"testbed:val_id?size={config.eval_rows}&seed={config.seed}"
     return reward.RewardConfig(
-        run_dir=config.run_dir,
-        model="testbed",
+        run_dir=f"{config.run_dir}/reward",
+        model=f"{config.run_dir}/sft",
         data=[f"{train}&flip_rate={config.flip_rate}"],
         eval_data=[f"id={held_out}"],
         batch_size=64,
-        steps=config.steps,
+        steps=config.reward_steps,
         seed=config.seed,
         optimizer=OptimizerConfig(
-            learning_rate=2e-3, schedule="cosine", weight_decay=0.01, final_scale=0.05
+            learning_rate=1e-3, schedule="cosine", weight_decay=0.01, final_scale=0.05
         ),
-        loop=LoopConfig(eval_every=max(config.steps // 4, 1), keep=1),
+        loop=LoopConfig(eval_every=max(config.reward_steps // 3, 1), keep=1),
     )
 
 
@@ -83,8 +116,8 @@ def evaluate_config(config: QuickstartConfig) -> evaluate.EvaluateConfig:
     """The `rlhf-jax evaluate` call on the four scenarios, as pairs and as quads."""
     options = f"size={config.eval_rows}&seed={config.seed}"
     return evaluate.EvaluateConfig(
-        model=config.run_dir,
-        out=config.run_dir,
+        model=f"{config.run_dir}/reward",
+        out=f"{config.run_dir}/reward",
         eval_data=[
             f"{prefix}{name}=testbed:{prefix}{name}?{options}"
             for prefix in ("", "quads_")
@@ -94,7 +127,26 @@ def evaluate_config(config: QuickstartConfig) -> evaluate.EvaluateConfig:
     )
 
 
-def summary(result: dict[str, Any]) -> Table:
+def rloo_config(config: QuickstartConfig) -> rloo.RlooConfig:
+    """The `rlhf-jax rloo` run: the reward model rewards, the gold reward looks on."""
+    return rloo.RlooConfig(
+        run_dir=f"{config.run_dir}/rloo",
+        model=f"{config.run_dir}/sft",
+        data=[f"testbed:rl?size=4000&seed={config.seed}"],
+        reward=[f"{config.run_dir}/reward"],
+        gold=GOLD,
+        eval_data=[f"val=testbed:rl_val?size=128&seed={config.seed}"],
+        batch_size=32,
+        steps=config.rloo_steps,
+        seed=config.seed,
+        loss=rloo.RlooLossConfig(kl_coef=0.1),
+        sampling=SamplingConfig(num_samples=4, max_new_tokens=48),
+        optimizer=OptimizerConfig(learning_rate=3e-4, warmup=0.05),
+        loop=RLLoopConfig(keep=1, eval_every=max(config.rloo_steps // 3, 1)),
+    )
+
+
+def scenario_table(result: dict[str, Any]) -> Table:
     """Accuracy on pairs and Kendall's tau on quads for each scenario."""
     sets = {entry["name"]: entry["metrics"] for entry in result["sets"]}
     table = Table(title="reward model on the testbed, against the gold reward")
@@ -110,5 +162,24 @@ def summary(result: dict[str, Any]) -> Table:
             f"{pairs['accuracy']:.3f}",
             f"{pairs['accuracy_low']:.3f} .. {pairs['accuracy_high']:.3f}",
             f"{quads['kendall_tau']:.3f}",
+        )
+    return table
+
+
+def policy_table(run_dir: pathlib.Path) -> Table:
+    """Rewards on held-out prompts, before and after RLOO."""
+    lines = (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [json.loads(line) for line in lines]
+    judged = [row for row in rows if "eval/val/gold" in row]
+    table = Table(title="policy on held-out prompts, before and after RLOO")
+    for name in ("", "gold reward", "proxy reward", "tokens", "KL in training"):
+        table.add_column(name, justify="right" if name else "left")
+    for name, row in (("SFT", judged[0]), ("RLOO", judged[-1])):
+        table.add_row(
+            name,
+            f"{row['eval/val/gold']:.3f}",
+            f"{row['eval/val/proxy']:.3f}",
+            f"{row['eval/val/length']:.1f}",
+            f"{row.get('policy/kl', 0.0):.2f}",
         )
     return table

@@ -1,0 +1,210 @@
+"""`rlhf-jax generate`: prompts in, sampled completions out, as JSON lines.
+
+Read `run`: prompts are taken in batches, continued, scored if rewards are named, and
+written before the next batch. With a reward and a gold reward and several samples a
+prompt, `--report DIR` adds the best-of-n curve.
+"""
+
+import contextlib
+import dataclasses
+import json
+import pathlib
+import sys
+from collections.abc import Iterator
+from typing import IO, Any
+
+import jax
+import numpy as np
+
+from rlhf_jax.data import prepare
+from rlhf_jax.data.prepare import DataConfig
+from rlhf_jax.evals.best_of_n import best_of_n
+from rlhf_jax.io import report
+from rlhf_jax.io.run_dir import write_atomic
+from rlhf_jax.models.config import ComputeConfig
+from rlhf_jax.programs import experience as xp
+from rlhf_jax.programs import rl_setup, sharded
+from rlhf_jax.programs.models import load_policy
+from rlhf_jax.programs.rewards import Rewards, open_rewards
+from rlhf_jax.programs.scorer import ScoringConfig
+from rlhf_jax.sampling.generate import SamplingConfig, make_generate
+from rlhf_jax.sharding import MeshConfig, make_mesh
+from rlhf_jax.types import Rollout
+
+
+@dataclasses.dataclass(frozen=True)
+class GenerateConfig:
+    """Sample completions from a policy."""
+
+    model: str
+    """Policy: run directory, HF directory, hub id or .gguf."""
+    data: list[str]
+    """Prompts, SPEC; repeat for several."""
+    out: str = "-"
+    """JSON lines file to write, or - for stdout: one line a completion."""
+    overwrite: bool = False
+    """Replace `out` where it exists."""
+    reward: list[str] = dataclasses.field(default_factory=list)
+    """[WEIGHT*]SPEC of a reward model, package.module:function or http://...: adds
+    reward; repeat to add."""
+    gold: str | None = None
+    """A reward beside it: adds gold."""
+    report: str | None = None
+    """Directory for best_of_n.json, its plot and report.html; needs reward, gold and
+    sampling.num_samples above 1."""
+    stop: list[str] = dataclasses.field(default_factory=list)
+    """Tokens that end a completion, besides the template's end token."""
+    batch_size: int = 32
+    """Prompts continued together."""
+    seed: int = 0
+    """Seed of the sampling."""
+    timeout_s: float = 60.0
+    """Longest time of one call of a reward function or HTTP scorer."""
+    sampling: SamplingConfig = SamplingConfig(max_new_tokens=128)
+    """How completions are drawn."""
+    rows: DataConfig = DataConfig()
+    """How prompts are read."""
+    scoring: ScoringConfig = ScoringConfig()
+    """How reward models score."""
+    compute: ComputeConfig = ComputeConfig(scan_layers=False)
+    """dtype, attention backend."""
+    mesh: MeshConfig = MeshConfig()
+    """Devices: data x fsdp x tensor."""
+
+    def __post_init__(self) -> None:
+        if not self.data:
+            raise ValueError("data: expected at least one --data SPEC")
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size: expected at least 1, got {self.batch_size}")
+        enough = self.reward and self.gold and self.sampling.num_samples > 1
+        if self.report is not None and not enough:
+            raise ValueError(
+                "report: expected --reward, --gold and sampling.num_samples above 1 "
+                "with it: best-of-n picks by one and judges by the other"
+            )
+
+
+def run(config: GenerateConfig) -> int:
+    """Samples and writes; returns the number of completions.
+
+    Raises:
+        ValueError: `out` exists, no model, no prompt, or a reward fails.
+    """
+    mesh = make_mesh(config.mesh)
+    with contextlib.ExitStack() as stack:
+        out = stack.enter_context(_output(config))
+        stack.enter_context(jax.set_mesh(mesh))
+        model, params, tokenizer = load_policy(
+            config.model, compute=config.compute, mesh=mesh
+        )
+        encoder = prepare.make_encoder(tokenizer, config.rows)
+        rows = dataclasses.replace(
+            config.rows, max_prompt_length=rl_setup.prompt_limit(config, model)
+        )
+        prompts, account = prepare.prepare_prompts(config.data, encoder, rows)
+        print(account.summary(), file=sys.stderr)
+        for dropped in account.dropped:
+            print(
+                f"{dropped.where}: {dropped.reason}: {dropped.detail}", file=sys.stderr
+            )
+        generate = jax.jit(
+            make_generate(
+                model, config.sampling, stop_ids=rl_setup.stop_ids(config, encoder)
+            )
+        )
+        judges = _judges(config, encoder)
+        put = sharded.make_put(mesh)
+        key = jax.random.key(config.seed)
+        scores: dict[str, list[np.ndarray]] = {name: [] for name in judges}
+        size, written = config.batch_size, 0
+        for start in range(0, len(prompts), size):
+            # The last batch is filled up from the beginning: one shape compiles.
+            real = min(size, len(prompts) - start)
+            batch = [prompts[(start + n) % len(prompts)] for n in range(size)]
+            device_batch = put(xp.prompt_batch(batch, pad_id=encoder.pad_id))
+            rollout = jax.device_get(
+                generate(params, device_batch, jax.random.fold_in(key, start))
+            )
+            keep = real * config.sampling.num_samples
+            rollout = jax.tree.map(lambda x, keep=keep: x[:keep], rollout)
+            texts = xp.as_texts(batch[:real], rollout, encoder)
+            found = {name: xp.score(judge, texts)[0] for name, judge in judges.items()}
+            for name, values in found.items():
+                scores[name].append(values)
+            for line in _lines(texts, rollout, found, config.sampling.num_samples):
+                out.write(json.dumps(line, ensure_ascii=False, default=str) + "\n")
+            out.flush()
+            written += keep
+    if config.report is not None:
+        _best_of_n(config, scores)
+    return written
+
+
+def _judges(config: GenerateConfig, encoder: Any) -> dict[str, Rewards]:
+    """reward and gold, those that are named."""
+    specs = {"reward": config.reward, "gold": [config.gold] if config.gold else []}
+    return {
+        name: open_rewards(
+            found, scoring=config.scoring, timeout_s=config.timeout_s, encoder=encoder
+        )
+        for name, found in specs.items()
+        if found
+    }
+
+
+def _lines(
+    texts: xp.Texts, rollout: Rollout, found: dict[str, np.ndarray], samples: int
+) -> Iterator[dict[str, Any]]:
+    """One line a completion: the row, the completion and its numbers."""
+    for m, completion in enumerate(texts.completions):
+        real = rollout.mask[m]
+        yield {
+            "schema": 1,
+            **texts.rows[m],
+            "prompt": texts.prompts[m],
+            "completion": completion,
+            "sample": m % samples,
+            "num_tokens": int(real.sum()),
+            "stopped": bool(rollout.stopped[m]),
+            "logprob": float(rollout.policy_logprobs[m][real].sum()),
+            "sampling_logprob": float(rollout.sampling_logprobs[m][real].sum()),
+            **{name: float(values[m]) for name, values in found.items()},
+        }
+
+
+def _best_of_n(config: GenerateConfig, scores: dict[str, list[np.ndarray]]) -> None:
+    """best_of_n.json and the report."""
+    samples = config.sampling.num_samples
+    proxy, gold = (
+        np.concatenate(scores[name]).reshape(-1, samples) for name in ("reward", "gold")
+    )
+    curve = best_of_n(proxy, gold)
+    folder = pathlib.Path(str(config.report))
+    folder.mkdir(parents=True, exist_ok=True)
+    record = {
+        "schema": 1,
+        "model": config.model,
+        "prompts": len(proxy),
+        "samples": samples,
+        "curve": {name: values.tolist() for name, values in curve._asdict().items()},
+    }
+    write_atomic(folder / "best_of_n.json", json.dumps(record) + "\n")
+    print(f"report: {report.write_report(folder)}", file=sys.stderr)
+
+
+@contextlib.contextmanager
+def _output(config: GenerateConfig) -> Iterator[IO[str]]:
+    if config.out == "-":
+        yield sys.stdout
+        return
+    path = pathlib.Path(config.out).expanduser()
+    if path.exists() and not config.overwrite:
+        raise ValueError(
+            f"out {config.out}: exists; name another file or set --overwrite true"
+        )
+    try:
+        file = path.open("w", encoding="utf-8")
+    except OSError as error:
+        raise ValueError(f"out {config.out}: cannot write there: {error}") from None
+    with file:
+        yield file
