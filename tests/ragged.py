@@ -25,7 +25,7 @@ def ragged(prompts=4, samples=3, *, length=6, seed=0, **changes):
     rng = np.random.default_rng(seed)
     total = prompts * samples
     lengths = rng.integers(1, length + 1, total)
-    lengths[:2] = length, 1  # both ends occur
+    lengths[:2] = [length, 1][:total]  # both ends occur
     mask = np.arange(length) < lengths[:, None]
     stopped = (lengths < length) | (rng.uniform(size=total) < 0.5)
     prompt_lengths = rng.integers(1, 6, prompts)

@@ -105,8 +105,6 @@ class Encoder:
     template: str = templates.FROM_TOKENIZER
     """"tokenizer" (its own; plain if it has none), "plain", or the path of a jinja
     file."""
-    hh: bool = True
-    """Whether text that starts with `Human:` is taken apart into turns."""
 
     def __post_init__(self) -> None:
         _ = self._style  # a broken template is an error here, not at the first row
@@ -225,7 +223,7 @@ class Encoder:
         """The pieces of `conversation`."""
         if turns not in ("all", "last"):
             raise ValueError(f"turns: expected 'all' or 'last', got {turns!r}")
-        conversation = as_messages(messages, what="messages", hh=self.hh)
+        conversation = as_messages(messages, what="messages")
         if conversation[-1]["role"] != "assistant":
             raise ValueError(
                 "messages: expected the assistant's turn at the end, got "
@@ -249,10 +247,10 @@ class Encoder:
 
     def as_prompt(self, prompt: Any) -> Prompt:
         """Text as it is, HH text and lists as messages that await an answer."""
-        if isinstance(prompt, str) and not (self.hh and is_hh(prompt)):
+        if isinstance(prompt, str) and not is_hh(prompt):
             check_text(prompt, "prompt")
             return prompt
-        messages = as_messages(prompt, what="prompt", hh=self.hh)
+        messages = as_messages(prompt, what="prompt")
         if not messages or messages[-1]["role"] == "assistant":
             raise ValueError(
                 "prompt: expected a conversation that awaits the assistant's answer, "
@@ -410,7 +408,7 @@ class Encoder:
     @functools.cached_property
     def fingerprint(self) -> str:
         """Digest of all that decides the ids: tokenizer, template, these rules."""
-        digest = hashlib.sha256(f"{VERSION} {self.hh}".encode())
+        digest = hashlib.sha256(f"{VERSION}".encode())
         backend = getattr(self.tokenizer, "backend_tokenizer", None)
         text = backend.to_str() if backend else repr(sorted(self.tokenizer.get_vocab()))
         digest.update(text.encode("utf-8", "surrogatepass"))

@@ -83,10 +83,12 @@ def pack_groups(
         count = -(-bucket(count, steps=2) // rows_multiple_of) * rows_multiple_of
     parts, cells = Parts(), np.full(mask.shape, -1, np.int64)
     sample = np.zeros((count, row_length), np.int32)
-    most = max(len(block.members) for block in blocks)
-    for n, block in enumerate(blocks):
+    segments = np.zeros(count, np.int64)  # used in each row
+    for n in np.lexsort((plan.first, plan.row)).tolist():
+        block = blocks[n]
         row, column = int(plan.row[n]), int(plan.column[n])
-        segment = 1 + int(plan.first[n]) * (most + 1)
+        segment = 1 + int(segments[row])
+        segments[row] += 1 + len(block.members) if layout == "shared" else 1
         parts.add(
             block.prompt, row=row, column=column, segment=segment, completion=False
         )
@@ -116,10 +118,10 @@ def _blocks(
     """What stays together in a row: a group, or as much of it as fits."""
     blocks: list[Group] = []
     for group in groups:
-        room = 0
+        room = -1  # not even an empty completion joins the group before
         for member in group.members:
             room -= int(lengths[member])
-            if layout != "shared" or room < 0 or not blocks:
+            if layout != "shared" or room < 0:
                 room = row_length - len(group.prompt) - int(lengths[member])
                 blocks.append(Group(group.prompt, [member]))
             else:
@@ -154,4 +156,5 @@ def group_row_length(
             costs the square.
     """
     fits = max(1, min(num_samples, (longest - prompt_length) // completion_length))
-    return bucket(prompt_length + fits * completion_length, steps=4)
+    needed = prompt_length + fits * completion_length
+    return min(bucket(needed, steps=4), max(needed, longest))

@@ -79,20 +79,19 @@ def to_hh(messages: list[Message]) -> str:
     return "".join(parts)
 
 
-def as_messages(value: Any, *, what: str = "prompt", hh: bool = True) -> list[Message]:
+def as_messages(value: Any, *, what: str = "prompt") -> list[Message]:
     """The conversation that a string, HH text or list of messages stands for.
 
     Args:
         value: what came.
         what: how errors call it.
-        hh: whether strings that start with `Human:` are taken apart.
 
     Raises:
         ValueError: another type, no message, or a message without role and content.
     """
     if isinstance(value, str):
         check_text(value, what)
-        if hh and is_hh(value):
+        if is_hh(value):
             return parse_hh(value)
         return [{"role": "user", "content": value}]
     if isinstance(value, dict):

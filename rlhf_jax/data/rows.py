@@ -119,9 +119,7 @@ def normalise(row: dict[str, Any], columns: Columns = Columns()) -> Record:
     return prompt_row(row, columns)
 
 
-def pair_row(
-    row: dict[str, Any], columns: Columns = Columns(), *, hh: bool = True
-) -> PairRow:
+def pair_row(row: dict[str, Any], columns: Columns = Columns()) -> PairRow:
     """The pair of a row, in any of the shapes of the module's docstring.
 
     Raises:
@@ -130,15 +128,15 @@ def pair_row(
     chosen = _required(row, columns.chosen, "chosen")
     rejected = _required(row, columns.rejected, "rejected")
     prompt = row.get(columns.prompt)
-    if _is_whole(chosen, prompt, hh) and _is_whole(rejected, prompt, hh):
-        prompt, chosen, rejected = _from_conversations(prompt, chosen, rejected, hh)
+    if _is_whole(chosen, prompt) and _is_whole(rejected, prompt):
+        prompt, chosen, rejected = _from_conversations(prompt, chosen, rejected)
     elif isinstance(chosen, str) != isinstance(rejected, str):
         raise RowError(
             f"chosen is {describe(chosen)} and rejected is {describe(rejected)}; "
             "expected both as text or both as messages"
         )
     else:
-        prompt = _prompt(_required(row, columns.prompt, "prompt"), hh)
+        prompt = _prompt(_required(row, columns.prompt, "prompt"))
     return PairRow(
         prompt=prompt,
         chosen=_answer(chosen, columns.chosen),
@@ -151,7 +149,7 @@ def pair_row(
 
 
 def conversation_row(
-    row: dict[str, Any], columns: Columns = Columns(), *, hh: bool = True
+    row: dict[str, Any], columns: Columns = Columns()
 ) -> ConversationRow:
     """The conversation of a row; see the module's docstring.
 
@@ -160,7 +158,7 @@ def conversation_row(
     """
     name = next((n for n in (columns.messages, "conversations") if n in row), None)
     if name is not None:
-        messages = _checked(as_messages, row[name], what=name, hh=hh)
+        messages = _checked(as_messages, row[name], what=name)
         if not messages or not any(m["role"] == "assistant" for m in messages):
             raise RowError(f"{name}: the assistant says nothing", "empty")
         if (
@@ -171,9 +169,9 @@ def conversation_row(
         return ConversationRow(None, None, messages, _tools(row, columns))
     names = [n for n in (columns.completion, "response") if n in row]
     completion = _required(row, names[0] if names else columns.completion, "completion")
-    prompt = _prompt(_required(row, columns.prompt, "prompt"), hh)
+    prompt = _prompt(_required(row, columns.prompt, "prompt"))
     if not isinstance(completion, str):
-        turns = _checked(as_messages, completion, what=names[0], hh=hh)
+        turns = _checked(as_messages, completion, what=names[0])
         if isinstance(prompt, str):
             prompt = [{"role": "user", "content": prompt}]
         return ConversationRow(None, None, [*prompt, *turns], _tools(row, columns))
@@ -181,9 +179,7 @@ def conversation_row(
     return ConversationRow(prompt, answer, None, _tools(row, columns))
 
 
-def kwise_row(
-    row: dict[str, Any], columns: Columns = Columns(), *, hh: bool = True
-) -> KwiseRow:
+def kwise_row(row: dict[str, Any], columns: Columns = Columns()) -> KwiseRow:
     """The prompt of a row and at least two answers with a score.
 
     Each answer has `text` and a finite `score` (or `gold`).
@@ -206,19 +202,17 @@ def kwise_row(
         responses.append(
             Response(text, _finite(item.get(score), f"{name} {n + 1}, score"))
         )
-    prompt = _prompt(_required(row, columns.prompt, "prompt"), hh)
+    prompt = _prompt(_required(row, columns.prompt, "prompt"))
     return KwiseRow(prompt, responses, _tools(row, columns))
 
 
-def prompt_row(
-    row: dict[str, Any], columns: Columns = Columns(), *, hh: bool = True
-) -> PromptRow:
+def prompt_row(row: dict[str, Any], columns: Columns = Columns()) -> PromptRow:
     """The prompt of a row.
 
     Raises:
         RowError: see `pair_row`.
     """
-    prompt = _prompt(_required(row, columns.prompt, "prompt"), hh)
+    prompt = _prompt(_required(row, columns.prompt, "prompt"))
     return PromptRow(prompt, _tools(row, columns))
 
 
@@ -247,22 +241,22 @@ def _checked(read: Any, value: Any, **kwargs: Any) -> Any:
         raise RowError(str(error)) from None
 
 
-def _is_whole(answer: Any, prompt: Any, hh: bool) -> bool:
+def _is_whole(answer: Any, prompt: Any) -> bool:
     """Whether chosen (or rejected) is messages or HH text of a whole conversation."""
     if not isinstance(answer, str):
         return True
     begins = prompt is None or (isinstance(prompt, str) and answer.startswith(prompt))
-    return hh and is_hh(answer) and begins
+    return is_hh(answer) and begins
 
 
-def _prompt(value: Any, hh: bool) -> Prompt:
+def _prompt(value: Any) -> Prompt:
     """Bare text as it is, HH text and lists as messages; never an empty last turn."""
-    if isinstance(value, str) and not (hh and is_hh(value)):
+    if isinstance(value, str) and not is_hh(value):
         _checked(check_text, value, what="prompt")
         if not value.strip():
             raise RowError("prompt: the text is empty", "empty")
         return value
-    messages = _checked(as_messages, value, what="prompt", hh=hh)
+    messages = _checked(as_messages, value, what="prompt")
     if not messages or messages[-1]["role"] == "assistant":
         raise RowError(
             "prompt: expected a conversation that awaits the assistant's answer, got "
@@ -283,11 +277,11 @@ def _answer(value: Any, name: str) -> str:
 
 
 def _from_conversations(
-    prompt: Any, chosen: Any, rejected: Any, hh: bool
+    prompt: Any, chosen: Any, rejected: Any
 ) -> tuple[Prompt, str, str]:
     """(prompt, chosen, rejected) from answers given as conversations."""
     turns = {
-        name: _checked(as_messages, value, what=name, hh=hh)
+        name: _checked(as_messages, value, what=name)
         for name, value in (("chosen", chosen), ("rejected", rejected))
     }
     for name, messages in turns.items():
@@ -305,21 +299,21 @@ def _from_conversations(
     alone = not shared or shared[0]["role"] in ("assistant", "tool")
     if alone and prompt is None:
         raise RowError("no prompt: neither a column nor turns before the answers")
-    if not alone and (prompt is None or _agrees(prompt, shared, hh)):
-        return _prompt(shared, hh), *answers
+    if not alone and (prompt is None or _agrees(prompt, shared)):
+        return _prompt(shared), *answers
     if not alone:
         raise RowError("prompt differs from the turns before the last in chosen")
-    history = _prompt(prompt, hh)
+    history = _prompt(prompt)
     if not shared:
         return history, *answers
     if isinstance(history, str):
         history = [{"role": "user", "content": history}]
-    return _prompt([*history, *shared], hh), *answers
+    return _prompt([*history, *shared]), *answers
 
 
-def _agrees(prompt: Any, shared: list[Message], hh: bool) -> bool:
+def _agrees(prompt: Any, shared: list[Message]) -> bool:
     """Whether a prompt column says the same as the turns before the answers."""
-    messages = _checked(as_messages, prompt, what="prompt", hh=hh)
+    messages = _checked(as_messages, prompt, what="prompt")
     users = [message for message in shared if message["role"] != "system"]
     given = [message for message in messages if message["role"] != "system"]
     texts = [str(message["content"]).strip() for message in given]

@@ -1,4 +1,4 @@
-r"""Rewards that can be checked: functions for `--reward rlhf_jax.evals.verifiable:NAME`.
+r"""Rewards that can be checked, for `--reward rlhf_jax.evals.verifiable:NAME`.
 
 Each takes one completion and the column of the data row that it needs; see
 `programs.rewards` for how columns reach a function.

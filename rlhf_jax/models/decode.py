@@ -179,12 +179,14 @@ def attention(
     shared, own = jnp.exp(shared - top), jnp.exp(own - top)
     total = shared.sum(axis=-1, keepdims=True) + own.sum(axis=-1, keepdims=True)
     dtype = layer.values.dtype
+    # k before g: for the other order XLA's CPU backend lacks the bfloat16 product.
     out = jnp.einsum(
-        "bgknp,bkph->bgknh",
+        "bgknp,bkph->bkgnh",
         shared.reshape(*shared_q.shape[:4], -1).astype(dtype),
         layer.prompt_values,
         preferred_element_type=f32,
-    ).reshape(own_q.shape)
+    )
+    out = out.swapaxes(1, 2).reshape(own_q.shape)
     out += jnp.einsum(
         "rknc,rkch->rknh", own.astype(dtype), layer.values, preferred_element_type=f32
     )

@@ -133,14 +133,15 @@ def as_texts(
 ) -> Texts:
     """The texts of host-side completions, G after G."""
     samples = len(rollout.tokens) // len(prompts)
-    mask = np.asarray(rollout.mask)
+    # The token that stopped a completion is no part of its text.
+    lengths = np.asarray(rollout.mask).sum(axis=1) - np.asarray(rollout.stopped)
     return Texts(
         prompts=[p.prompt for p in prompts for _ in range(samples)],
         completions=[
             encoder.completion_text(
-                prompts[m // samples].tokens, rollout.tokens[m][mask[m]]
+                prompts[m // samples].tokens, rollout.tokens[m][: lengths[m]]
             )
-            for m in range(len(mask))
+            for m in range(len(lengths))
         ],
         rows=[p.row for p in prompts for _ in range(samples)],
     )

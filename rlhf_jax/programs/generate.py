@@ -28,7 +28,7 @@ from rlhf_jax.programs.models import load_policy
 from rlhf_jax.programs.rewards import Rewards, open_rewards
 from rlhf_jax.programs.scorer import ScoringConfig
 from rlhf_jax.sampling.generate import SamplingConfig, make_generate
-from rlhf_jax.sharding import MeshConfig, make_mesh
+from rlhf_jax.sharding import MeshConfig, batch_devices, make_mesh
 from rlhf_jax.types import Rollout
 
 
@@ -55,7 +55,7 @@ class GenerateConfig:
     stop: list[str] = dataclasses.field(default_factory=list)
     """Tokens that end a completion, besides the template's end token."""
     batch_size: int = 32
-    """Prompts continued together."""
+    """Prompts continued together; rounded up to a multiple of the devices."""
     seed: int = 0
     """Seed of the sampling."""
     timeout_s: float = 60.0
@@ -109,14 +109,18 @@ def run(config: GenerateConfig) -> int:
             )
         generate = jax.jit(
             make_generate(
-                model, config.sampling, stop_ids=rl_setup.stop_ids(config, encoder)
+                model,
+                config.sampling,
+                stop_ids=rl_setup.stop_ids(config, encoder),
+                rules=rl_setup.decode_rules(model),
             )
         )
         judges = _judges(config, encoder)
         put = sharded.make_put(mesh)
         key = jax.random.key(config.seed)
         scores: dict[str, list[np.ndarray]] = {name: [] for name in judges}
-        size, written = config.batch_size, 0
+        devices = batch_devices(mesh)
+        size, written = -(-config.batch_size // devices) * devices, 0
         for start in range(0, len(prompts), size):
             # The last batch is filled up from the beginning: one shape compiles.
             real = min(size, len(prompts) - start)

@@ -237,14 +237,14 @@ def run(config: PpoConfig) -> pathlib.Path:
         ) -> tuple[Learner, dict[str, jax.Array]]:
             device_batch = setting.put_micro(batch)
             critic, found = critic_update(learner.critic, device_batch, key)
-            metrics = {_named(name, "value"): v for name, v in found.items()}
+            metrics = rl_setup.named(found, "value")
             policy = learner.policy
             if cursor.step >= config.loss.critic_warmup:
                 if ptx is not None:
                     mixed = ptx(int(policy.step), batch)
                     device_batch = setting.put_micro(mixed)
                 policy, found = policy_update(policy, device_batch, key)
-                metrics |= {_named(name, "train"): v for name, v in found.items()}
+                metrics |= rl_setup.named(found, "train")
             return Learner(policy, critic), metrics
 
         with metrics_writer(
@@ -332,12 +332,6 @@ def make_targets(
         returns=np.asarray(targets.returns),
     )
     return done, metrics
-
-
-def _named(name: str, prefix: str) -> str:
-    """Metrics of the update itself get their model's prefix."""
-    own = name in ("loss", "grad_norm", "update/finite")
-    return f"{prefix}/{name}" if own else name
 
 
 def _critic(config: PpoConfig, setting: rl_setup.Setting) -> tuple[Any, ...]:

@@ -215,6 +215,7 @@ def reinforce(
             _check_finite(loop, step, values)
             if stop is not None:
                 raise Interrupted(128 + stop)
+        checkpoint.prune(manager, keep=loop.keep, best_step=None)
     return learner
 
 

@@ -36,7 +36,7 @@ from rlhf_jax.programs.models import load_policy
 from rlhf_jax.programs.reinforcement import Learner, RLCursor
 from rlhf_jax.programs.rewards import Rewards, open_rewards
 from rlhf_jax.sampling.generate import make_generate
-from rlhf_jax.sharding import batch_devices
+from rlhf_jax.sharding import ShardingRules, batch_devices
 from rlhf_jax.types import Rollout, Sequences, TrainState
 
 _SAMPLING, _EVALUATION = 1, 2
@@ -188,6 +188,12 @@ def open_rl(config: Any) -> Iterator[Setting]:
     """
     sets = configs.parse_named(config.eval_data, "--eval_data")
     with training.opened(config) as (run_dir, mesh):
+        slices = batch_devices(mesh)
+        if config.batch_size % slices:
+            raise ValueError(
+                f"batch_size {config.batch_size}: expected a multiple of the {slices} "
+                "devices that share a batch (mesh.data x mesh.fsdp)"
+            )
         model, params, tokenizer = load_policy(
             config.model,
             compute=config.compute,
@@ -236,7 +242,10 @@ def open_rl(config: Any) -> Iterator[Setting]:
             chunk=_chunk(config),
             generate=jax.jit(
                 make_generate(
-                    model, config.sampling, stop_ids=stop_ids(config, encoder)
+                    model,
+                    config.sampling,
+                    stop_ids=stop_ids(config, encoder),
+                    rules=decode_rules(model),
                 )
             ),
             ref_logprobs=_reference(config, model, params, mesh),
@@ -280,6 +289,12 @@ def stop_ids(config: Any, encoder: Encoder) -> tuple[int, ...]:
             )
         ids.append(found[0])
     return tuple(dict.fromkeys(ids))
+
+
+def decode_rules(model: Llama) -> ShardingRules:
+    """Weights whole along the model width: sharded, they would be gathered at every
+    token."""
+    return dataclasses.replace(model.rules, embed=None)
 
 
 def _temperature(config: Any) -> float:
@@ -391,6 +406,12 @@ def measure(
         if gold.std() > 0 and total.std() > 0:
             found["reward/gold_correlation"] = np.corrcoef(gold, total)[0, 1]
     return {name: float(value) for name, value in found.items()}
+
+
+def named(metrics: dict[str, Any], prefix: str) -> dict[str, Any]:
+    """Metrics of an update, its own (loss, grad_norm, update/finite) under a prefix."""
+    own = ("loss", "grad_norm", "update/finite")
+    return {f"{prefix}/{k}" if k in own else k: v for k, v in metrics.items()}
 
 
 def repetition(tokens: np.ndarray, mask: np.ndarray, *, n: int = 3) -> float:

@@ -166,10 +166,7 @@ def run(config: RlooConfig) -> pathlib.Path:
             learner: Learner, batch: Any, key: jax.Array, cursor: RLCursor
         ) -> tuple[Learner, dict[str, jax.Array]]:
             policy, metrics = update(learner.policy, setting.put_micro(batch), key)
-            return Learner(policy), {
-                name if "/" in name else f"train/{name}": value
-                for name, value in metrics.items()
-            }
+            return Learner(policy), rl_setup.named(metrics, "train")
 
         with metrics_writer(
             setting.run_dir,

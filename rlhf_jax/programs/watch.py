@@ -1,9 +1,9 @@
 """What should make the person who watches an RL run look up, as lines of text.
 
 `watch` looks at the metrics of the steps so far and is silent while there is nothing to
-say. It compares the last `WINDOW` steps with the `WINDOW` before them, by means and
-their standard errors, so that noise alone rarely speaks; each kind of line comes at
-most once in `WINDOW` steps.
+say. It compares the last `WINDOW` steps with `WINDOW` earlier ones, by means and their
+standard errors, so that noise alone rarely speaks; each kind of line comes at most once
+in `WINDOW` steps.
 """
 
 import math
@@ -28,13 +28,22 @@ def watch(history: Sequence[dict[str, float]]) -> list[str]:
     if len(history) < 2 * WINDOW or len(history) % WINDOW:
         return []
     lines = []
-    proxy, gold = _change(history, "reward/proxy"), _change(history, "reward/gold")
-    entropy = _change(history, "policy/entropy")
-    if proxy > _SURE and gold < -_SURE:
+    windows = [history[t : t + WINDOW] for t in range(0, len(history), WINDOW)]
+    golds = [_last(window, "reward/gold") for window in windows[:-1]]
+    # Over-optimisation takes hundreds of steps: measured from where gold was best. The
+    # best of many is better than it is, hence one standard error more.
+    best = windows[int(np.argmax(golds))]
+    if (
+        _change(best, windows[-1], "reward/proxy") > _SURE
+        and _change(best, windows[-1], "reward/gold") < -_SURE - 1
+    ):
         lines.append(
             "the proxy reward rises while the gold reward falls: the reward model is "
             "being over-optimised"
         )
+    proxy, entropy = (
+        _change(*windows[-2:], name) for name in ("reward/proxy", "policy/entropy")
+    )
     if proxy > _SURE and entropy < -_SURE and _last(history, "policy/entropy") < 0.1:
         lines.append(
             "the proxy reward rises while entropy has collapsed below 0.1 nats a token"
@@ -54,7 +63,7 @@ def watch(history: Sequence[dict[str, float]]) -> list[str]:
         )
     held_out = [k for k in history[-1] if k.startswith("eval/") and k.endswith("/loss")]
     if abs(_last(history, "train/loss")) < 1e-4 and any(
-        abs(_change(history, name)) < 1 for name in held_out
+        abs(_change(*windows[-2:], name)) < 1 for name in held_out
     ):
         lines.append("the training loss is near zero while validation stands still")
     return lines
@@ -83,10 +92,11 @@ def _jumps(values: np.ndarray) -> list[float]:
     return found
 
 
-def _change(history: Sequence[dict[str, float]], name: str) -> float:
-    """Last window less the one before, in standard errors; nan where unknown."""
-    new = _values(history[-WINDOW:], name)
-    old = _values(history[-2 * WINDOW : -WINDOW], name)
+def _change(
+    before: Sequence[dict[str, float]], now: Sequence[dict[str, float]], name: str
+) -> float:
+    """One window less another, in standard errors; nan where unknown."""
+    old, new = _values(before, name), _values(now, name)
     if len(new) < 2 or len(old) < 2:
         return math.nan
     error = math.sqrt(new.var(ddof=1) / len(new) + old.var(ddof=1) / len(old))

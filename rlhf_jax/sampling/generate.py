@@ -215,7 +215,7 @@ def _prefill(
         completion_mask=jnp.zeros_like(mask),
     )
     empty = init_cache(decoder.config, rows, width, decoder.compute.dtype)
-    _, filled = decoder.apply({"params": params}, sequences, cache=empty)
+    filled: Any = decoder.apply({"params": params}, sequences, cache=empty)[1]
     length = mask.sum(axis=1)
     is_last = mask & (positions == length[:, None] - 1)
     last = jnp.sum(jnp.where(is_last, prompts.tokens, 0), axis=1)
@@ -315,7 +315,7 @@ def _refill(
     item = jnp.where(fresh, claimed, jnp.where(free, total, slots.item))
     prompt = jnp.where(fresh, item, 0) // config.num_samples
 
-    def take(new: jax.Array, old: jax.Array) -> jax.Array:
+    def take(new: Any, old: jax.Array) -> jax.Array:
         where = fresh.reshape(-1, *(1,) * (old.ndim - 1))
         return jnp.where(where, new[prompt], old)
 
@@ -365,7 +365,7 @@ def _make_step(
         )
         variables = {"params": params}
         hidden, cache = decoder.apply(variables, sequences, cache=slots.cache)
-        logits = decoder.apply(variables, hidden[:, 0], method="logits")
+        logits: Any = decoder.apply(variables, hidden[:, 0], method="logits")
         token, *logprobs = _choose(logits, slots, config, stop_ids, key)
         count = slots.count + 1
         stopped = jnp.isin(token, stop_ids)

@@ -1,7 +1,6 @@
-"""RLOO on ragged completions: equal to loops in float64, in every layout and variant."""
+"""RLOO on ragged completions: equal to float64 loops, in every layout and variant."""
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +15,7 @@ from rlhf_jax.programs import experience as xp
 from rlhf_jax.programs.reinforcement import RLCursor
 from rlhf_jax.programs.rloo import KL_LOSSES, VARIANTS, RlooLossConfig, make_targets
 from rlhf_jax.sampling.generate import SamplingConfig, make_generate
-from rlhf_jax.testing import tiny_llama
+from rlhf_jax.testing import tiny_config, tiny_llama
 from rlhf_jax.types import PromptBatch
 from tests.ragged import (
     LAYOUTS,
@@ -144,7 +143,8 @@ def test_hand_worked_pair():
         return up - 1.0, jnp.zeros_like(up)
 
     for variant in VARIANTS.values():
-        loss, metrics = variant(apply, clip_eps=0.2)({}, batch_of(done), KEY)
+        objective = jax.jit(variant(apply, clip_eps=0.2))
+        loss, metrics = objective({}, batch_of(done), KEY)
         # max(-1.5 * 2, -1.5 * 1.2) = -1.8 and max(1.5 * 0.5, 1.5 * 0.8) = 1.2
         np.testing.assert_allclose(loss.value(), -0.3, rtol=1e-6)
         np.testing.assert_allclose(metrics["policy/surrogate_size"].value(), 1.5)
@@ -174,7 +174,7 @@ def test_penalty_inside_the_reward_is_in_the_baseline_and_outside_is_not():
 
 
 def test_whitened_advantages_have_unit_variance_over_the_counted():
-    completions = ragged(6, 4)
+    completions = ragged(seed=1)
     completions.counts = completions.stopped
     done, _ = with_targets(completions, whiten=True)
     used = done.advantages[done.counts]
@@ -188,7 +188,7 @@ def by_token(params, sequences, key):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("variant", ["sequence", "token"])
-@pytest.mark.parametrize("kl", ["reward", "loss_k1", "loss_k2", "loss_k3"])
+@pytest.mark.parametrize("kl", ["reward", "loss_k3"])
 def test_gradient_is_zero_where_masked_and_reaches_every_sample(variant, kl, layout):
     completions = ragged()
     completions.counts = completions.stopped
@@ -219,36 +219,6 @@ def test_gradient_is_zero_where_masked_and_reaches_every_sample(variant, kl, lay
     assert len(real_tokens(done)) == mask.sum()
 
 
-def test_all_samples_of_a_prompt_get_gradient_of_a_model():
-    """[prompt | completion 1 .. G] in one row: each completion moves the model."""
-    completions = ragged(1, 4)
-    model, params = tiny_llama()
-    objective = rloo.rloo_objective(
-        policy_apply(model, temperature=1.0, deterministic=True)
-    )
-    done, _ = with_targets(completions)
-    batch = batch_of(done, "shared", np.arange(4))
-    # Ratios would be clipped where old log-probabilities are random numbers.
-    apply = policy_apply(model, temperature=1.0, deterministic=True)
-    batch = dataclasses.replace(
-        batch, old_logprobs=apply(params, batch.sequences, KEY)[0]
-    )
-    norm = jax.jit(
-        jax.grad(
-            lambda weight: optax.tree.norm(
-                jax.grad(
-                    lambda p: objective(
-                        p, dataclasses.replace(batch, advantages=weight), KEY
-                    )[0].total
-                )(params)
-            )
-        )
-    )
-    for m in range(4):
-        only = jnp.zeros(4).at[m].set(1.0)
-        assert float(jnp.abs(norm(only)[m])) > 1e-3
-
-
 # Dropped completions.
 
 
@@ -265,22 +235,16 @@ def test_a_dropped_completion_is_absent_from_loss_mean_and_baseline():
             completions.counts[:, None], completions.ref_logprobs, np.nan
         ).astype(np.float32),
     )
-    params = table()
-    for variant in VARIANTS:
-        for kl in KINDS:
-            losses, grads = [], []
-            for version in (completions, other):
-                done, _ = with_targets(version, kl)
-                value = jax.value_and_grad(
-                    lambda p, done=done, kl=kl, variant=variant: objective_of(
-                        variant, kl
-                    )(p, batch_of(done), KEY)[0].value()
-                )
-                loss, grad = value(params)
-                losses.append(float(loss))
-                grads.append(np.asarray(grad["w"]))
-            assert losses[0] == losses[1]
-            np.testing.assert_array_equal(*grads)
+    for variant, kl in (("sequence", "loss_k3"), ("token", "reward")):
+        objective = objective_of(variant, kl)
+        value = jax.value_and_grad(lambda p, b: objective(p, b, KEY)[0].value())  # noqa: B023
+        value = jax.jit(value)
+        batches = [batch_of(with_targets(c, kl)[0]) for c in (completions, other)]
+        (loss, grad), (same, grad_same) = (value(table(), b) for b in batches)
+        assert float(loss) == float(same)
+        np.testing.assert_array_equal(grad["w"], grad_same["w"])
+        expected = loop_loss(table(), completions, variant, kl)
+        np.testing.assert_allclose(loss, expected, rtol=1e-5)
 
 
 def test_a_group_left_with_one_counts_zero_and_is_reported():
@@ -301,13 +265,14 @@ def test_nothing_left_is_a_zero_loss_and_no_gradient():
     completions.counts = np.zeros(len(completions.counts), bool)
     done, metrics = with_targets(completions)
     assert metrics["rollout/groups_without_baseline"] == 1
-    tx = optax.sgd(1.0)
     for variant in VARIANTS:
-        update = make_update(objective_of(variant, "loss_k3"), tx)
-        state, report = update(init_state(table(), tx), batch_of(done), KEY)
-        np.testing.assert_array_equal(state.params["w"], table()["w"])
-        assert float(report["update/finite"]) == 1
-        assert float(report["loss"]) == 0
+        loss, _ = objective_of(variant, "loss_k3")(table(), batch_of(done), KEY)
+        assert float(loss.value()) == 0 and float(loss.weight) == 0
+    tx = optax.sgd(1.0)
+    update = jax.jit(make_update(objective_of("sequence", "loss_k3"), tx))
+    state, report = update(init_state(table(), tx), batch_of(done), KEY)
+    np.testing.assert_array_equal(state.params["w"], table()["w"])
+    assert float(report["update/finite"]) == 1
 
 
 # What several updates do.
@@ -334,9 +299,7 @@ def test_ratio_is_one_in_the_first_epoch_and_clips_in_later_ones(variant):
     for m, t in real_tokens(completions):
         own[m, t] = table_logprob(table(), completions, m, t)
     done, _ = with_targets(dataclasses.replace(completions, old_logprobs=own))
-    _, reports = epochs_of(
-        done, count=1, epochs=4, learning_rate=3.0, variant=variant
-    )
+    _, reports = epochs_of(done, count=1, epochs=4, learning_rate=3.0, variant=variant)
     np.testing.assert_allclose(reports[0]["policy/ratio"], 1, atol=1e-6)
     assert float(reports[0]["policy/clip_fraction"]) == 0
     assert float(reports[-1]["policy/clip_fraction"]) > 0.1
@@ -346,14 +309,13 @@ def test_ratio_is_one_in_the_first_epoch_and_clips_in_later_ones(variant):
 
 
 @pytest.mark.parametrize("variant", ["sequence", "token"])
-@pytest.mark.parametrize("kl", ["reward", "loss_k2"])
-def test_accumulated_update_equals_the_full_batch(variant, kl):
+def test_accumulated_update_equals_the_full_batch(variant):
     completions = ragged(4, 3)
     completions.counts = completions.stopped  # micro-batches of different weight
-    done, _ = with_targets(completions, kl)
+    done, _ = with_targets(completions, "loss_k2")
     tx = optax.adam(0.1)
     results = []
-    for accum_steps in (1, 2, 4):
+    for accum_steps in (1, 2):
         [batch] = xp.minibatches(
             done,
             packing("shared"),
@@ -361,15 +323,16 @@ def test_accumulated_update_equals_the_full_batch(variant, kl):
             accum_steps=accum_steps,
             rng=np.random.default_rng(0),
         )
-        update = make_update(objective_of(variant, kl), tx, accum_steps=accum_steps)
+        update = make_update(
+            objective_of(variant, "loss_k2"), tx, accum_steps=accum_steps
+        )
         results.append(jax.jit(update)(init_state(table(), tx), batch, KEY))
-    (full, expected), *parts = results
-    for state, report in parts:
-        np.testing.assert_allclose(state.params["w"], full.params["w"], atol=1e-5)
-        for name, value in expected.items():
-            np.testing.assert_allclose(
-                report[name], value, rtol=1e-5, atol=1e-6, err_msg=name
-            )
+    (full, expected), (parts, report) = results
+    np.testing.assert_allclose(parts.params["w"], full.params["w"], atol=1e-5)
+    for name, value in expected.items():
+        np.testing.assert_allclose(
+            report[name], value, rtol=1e-5, atol=1e-6, err_msg=name
+        )
 
 
 def test_metrics_equal_a_float64_loop():
@@ -399,41 +362,31 @@ def test_metrics_equal_a_float64_loop():
 # The sampler's log-probabilities are those of the training forward.
 
 
-@functools.cache
-def sampled(temperature):
-    model, params = tiny_llama()
-    config = SamplingConfig(num_samples=3, max_new_tokens=8, temperature=temperature)
-    # A tenth of the vocabulary ends a completion: the lengths are ragged.
+def test_ratio_is_one_within_1e4_with_the_samplers_logprobs():
+    model, params = tiny_llama(tiny_config(num_layers=1))
+    config = SamplingConfig(num_samples=3, max_new_tokens=8, temperature=0.7)
+    # An eighth of the vocabulary ends a completion: the lengths are ragged.
     generate = jax.jit(make_generate(model, config, stop_ids=tuple(range(64))))
-    rng = np.random.default_rng(0)
-    lengths = np.array([3, 5, 2, 6])
     prompts = PromptBatch(
-        tokens=rng.integers(0, 512, (4, 6)).astype(np.int32),
-        mask=np.arange(6) < lengths[:, None],
+        tokens=np.random.default_rng(0).integers(0, 512, (4, 6)).astype(np.int32),
+        mask=np.arange(6) < np.array([[3], [5], [2], [6]]),
     )
     rollout = jax.device_get(generate(params, prompts, KEY))
-    return rollout, prompts, model, params
-
-
-@pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_ratio_is_one_within_1e4_with_the_samplers_logprobs(temperature):
-    rollout, prompts, model, params = sampled(temperature)
     lengths = rollout.mask.sum(axis=1)
     assert len(set(lengths.tolist())) > 3
-    apply = jax.jit(policy_apply(model, temperature=temperature, deterministic=True))
+    zeros = np.zeros(rollout.mask.shape, np.float32)
     completions = ragged(
-        4,
-        3,
         prompt_tokens=prompts.tokens[prompts.mask],
         prompt_lengths=prompts.mask.sum(axis=1),
         tokens=rollout.tokens,
         mask=rollout.mask,
         stopped=rollout.stopped,
         old_logprobs=rollout.logprobs,
-        ref_logprobs=rollout.logprobs,
-        values=np.zeros(rollout.mask.shape, np.float32),
-        returns=np.zeros(rollout.mask.shape, np.float32),
+        ref_logprobs=zeros,
+        values=zeros,
+        returns=zeros,
     )
+    apply = jax.jit(policy_apply(model, temperature=0.7, deterministic=True))
     for layout in LAYOUTS:
         batch = batch_of(completions, layout)
         logprobs, entropy = apply(params, batch.sequences, KEY)

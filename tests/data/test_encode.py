@@ -292,7 +292,6 @@ def test_fingerprint_follows_what_decides_the_ids():
         Encoder(byte_tokenizer(template=GENERATION)).fingerprint,
         Encoder(byte_tokenizer(), template="plain").fingerprint,
         Encoder(byte_tokenizer(prefix_space=True)).fingerprint,
-        Encoder(byte_tokenizer(), hh=False).fingerprint,
     ]
     assert len(set(prints)) == len(prints)
     assert prints[0] == Encoder(byte_tokenizer()).fingerprint

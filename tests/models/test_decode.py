@@ -17,10 +17,11 @@ from rlhf_jax.models.cache import init_cache
 from rlhf_jax.models.config import ComputeConfig
 from rlhf_jax.models.decode import DecodeLayer, DecodeVisibility
 from rlhf_jax.models.llama import Llama
-from rlhf_jax.testing import tiny_config, tiny_llama
+from rlhf_jax.testing import tiny_config
 from rlhf_jax.types import Sequences
+from tests.parameters import random_parameters
 
-CONFIG = tiny_config(vocab_size=61, qk_norm=True)
+CONFIG = tiny_config(vocab_size=61, num_layers=1, qk_norm=True)
 PROMPTS = ([3, 1, 4, 1, 5], [9, 2])
 WIDTH, RING, STEPS = 6, 5, 8
 REFILLED_AT = {1: 3, 2: 5}
@@ -31,8 +32,8 @@ REFILLED_AT = {1: 3, 2: 5}
 def setup(window=None, dtype="float32"):
     config = dataclasses.replace(CONFIG, sliding_window=window)
     compute = ComputeConfig(scan_layers=False, dtype=dtype)
-    _, params = tiny_llama(CONFIG, compute=ComputeConfig(scan_layers=False))
-    return Llama(config, compute), params
+    model = Llama(config, compute)
+    return model, random_parameters(model)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -169,7 +170,7 @@ def slow_attention(q, layer, visible, samples):
     return out
 
 
-@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (6, 2), (3, 1)])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (6, 2)])
 def test_attention_equals_a_float64_loop(heads, kv_heads):
     """3 prompts of 7 columns, 2 continuations of each, rings of 5."""
     keys = jax.random.split(jax.random.key(0), 7)
@@ -184,7 +185,7 @@ def test_attention_equals_a_float64_loop(heads, kv_heads):
     prompt = jax.random.bernoulli(keys[5], 0.5, (3, 2, 7)).at[1].set(False)
     visible = DecodeVisibility(prompt=prompt, own=own)
     q = 3 * normal(keys[6], (6, 1, heads, 8))
-    got = decode.attention(q, layer, visible)
+    got = jax.jit(decode.attention)(q, layer, visible)
     assert got.shape == q.shape and got.dtype == q.dtype
     np.testing.assert_allclose(
         got[:, 0], slow_attention(q, layer, visible, samples=2), atol=1e-5
@@ -194,7 +195,7 @@ def test_attention_equals_a_float64_loop(heads, kv_heads):
 def test_a_row_that_reads_nothing_stays_finite():
     zeros = jnp.zeros((1, 1, 3, 4))
     nothing = DecodeVisibility(jnp.zeros((1, 1, 3), bool), jnp.zeros((1, 3), bool))
-    out = decode.attention(
+    out = jax.jit(decode.attention)(
         jnp.ones((1, 1, 2, 4)), DecodeLayer(zeros, zeros, zeros, zeros), nothing
     )
     assert np.isfinite(out).all()
@@ -229,7 +230,7 @@ def test_prompts_are_kept_once_however_many_continue_them():
 def test_bfloat16_keys_stay_bfloat16():
     model, params = setup(dtype="bfloat16")
     hidden, cache = decoded(model, params, continuations(), "bfloat16")
-    layer = cache.layers[1]
+    layer = cache.layers[0]
     assert layer.prompt_values.dtype == layer.keys.dtype == jnp.bfloat16
     assert hidden[0][0].dtype == jnp.bfloat16
 

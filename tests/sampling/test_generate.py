@@ -16,11 +16,12 @@ import scipy.stats
 from rlhf_jax.algorithms.policy import policy_apply
 from rlhf_jax.data.groups import Group, pack_groups, to_completions
 from rlhf_jax.models.config import ComputeConfig, LoraConfig
-from rlhf_jax.models.llama import Llama, init_llama
+from rlhf_jax.models.llama import Llama
 from rlhf_jax.models.parameters import unrolled
 from rlhf_jax.sampling.generate import SamplingConfig, make_generate
 from rlhf_jax.testing import tiny_config
 from rlhf_jax.types import PromptBatch, Sequences
+from tests.parameters import random_parameters
 
 VOCAB, STOPS = 61, (0, 7, 11, 23, 42, 60)
 PROMPTS = ([5], [8, 9, 0, 3, 17, 30, 2], [7, 44, 12], [33, 33, 21, 50, 4])
@@ -46,18 +47,7 @@ MODELS = {
 
 @functools.cache
 def parameters(name):
-    """Every leaf random: lora_b and biases are not 0, norms are not 1."""
-    init = functools.partial(init_llama, MODELS[name])
-    shapes = jax.eval_shape(init, jax.random.key(0))
-    rng = np.random.default_rng(0)
-
-    def leaf(path, shape):
-        spread = SMALL.hidden_size**-0.5
-        return jnp.array(
-            rng.normal(path[-1].key == "scale", spread, shape.shape), jnp.float32
-        )
-
-    return jax.tree_util.tree_map_with_path(leaf, shapes)
+    return random_parameters(MODELS[name])
 
 
 @functools.cache
@@ -264,7 +254,6 @@ def test_bfloat16_decodes_what_bfloat16_computes():
     assert_well_formed(rollout, BASE.max_new_tokens)
     expected = forced_logprobs("bfloat16", rollout, 0.7)
     error = np.abs(rollout.logprobs - expected)[rollout.mask]
-    print("BF16", error.max(), error.mean())
     assert error.max() < 0.15 and error.mean() < 0.03
 
 
@@ -380,7 +369,6 @@ def test_tokens_are_as_frequent_as_the_model_says_in_refilled_slots():
     for n in (0, 1):
         rows = late & (np.arange(4096) // 2048 == n)
         found = np.bincount(rollout.tokens[rows, 0], minlength=VOCAB)
-        print("P", chi_square(found, table[rows, 0].sum(axis=0)))
         assert chi_square(found, table[rows, 0].sum(axis=0)) > 1e-4
         rows &= rollout.mask[:, 1]
         found = np.bincount(rollout.tokens[rows, 1], minlength=VOCAB)

@@ -209,7 +209,7 @@ def test_draw_equals_the_inverse_cdf_of_a_loop(vocab):
     np.testing.assert_array_equal(got, expected)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=30)
 @given(
     seed=st.integers(0, 2**32 - 1),
     vocab=st.sampled_from([1, 127, 300]),
@@ -228,6 +228,31 @@ def test_a_token_without_probability_is_never_drawn(seed, vocab, filled, spread,
     tokens = np.asarray(draw(jnp.array(rows), jnp.array(noise)))
     assert (tokens >= 0).all() and (tokens < vocab).all()
     assert (rows[np.arange(32), tokens] > 0).all()
+
+
+def test_a_cumulative_sum_that_steps_back_draws_no_empty_token(monkeypatch):
+    """Accelerators sum in trees. Rounded, the mass up to an empty token can then be
+    less than that up to the token before it, and noise may fall in between."""
+
+    @functools.partial(jax.jit, static_argnames="axis")
+    def tree(x, axis):
+        return jax.lax.associative_scan(jnp.add, x, axis=axis)
+
+    rng = np.random.default_rng(0)
+    rows = rng.uniform(size=(300, 128)) * (rng.uniform(size=(300, 128)) < 0.7)
+    rows = rows.astype(np.float32)
+    steps = np.diff(tree(jnp.array(rows), axis=-1), axis=1)
+    back = (steps < 0).any(axis=1)
+    assert back.sum() > 50
+    rows, place = rows[back], np.argmax(steps[back] < 0, axis=1) + 1
+    ends = np.asarray(tree(jnp.array(rows), axis=-1))[np.arange(len(rows)), place]
+    noise = ends / np.asarray(jnp.array(rows).sum(axis=-1))
+    monkeypatch.setattr(jnp, "cumsum", tree)
+    draw_with_trees = jax.jit(lambda *args: warp.draw(*args))
+    for _ in range(2):
+        tokens = np.asarray(draw_with_trees(jnp.array(rows), jnp.array(noise)))
+        assert (rows[np.arange(len(rows)), tokens] > 0).all()
+        noise = np.nextafter(noise, 1, dtype=np.float32)
 
 
 def test_evenly_spaced_noise_draws_each_token_as_often_as_probable():
