@@ -194,8 +194,9 @@ def evaluate_kwise(
 
     Returns:
         The figures of `evaluate_ranking`; kendall_tau_of_length (the tau of the number
-        of words: the length baseline); reward_length_correlation; reward_mean,
-        reward_std.
+        of words: the length baseline); length_matched_n and length_matched_accuracy
+        with _low and _high, over the pairs inside the rows; reward_length_correlation;
+        reward_mean, reward_std.
     """
     responses = [_field(row, "responses") for row in rows]
     gold = [np.array([float(_field(r, "score")) for r in rs]) for rs in responses]
@@ -206,6 +207,7 @@ def evaluate_kwise(
     ]
     by_length = ranking.evaluate_ranking(words, gold, samples=2, seed=seed)
     flat = np.concatenate([np.asarray(r, np.float64) for r in rewards])
+    result |= _length_matched(rewards, gold, words, rows, samples=samples, seed=seed)
     figures = {
         "kendall_tau_of_length": by_length.get("kendall_tau", np.nan),
         "reward_length_correlation": length.correlation(flat, np.concatenate(words))[0],
@@ -213,3 +215,43 @@ def evaluate_kwise(
         "reward_std": float(flat.std()),
     }
     return result | {k: float(v) for k, v in figures.items() if np.isfinite(v)}
+
+
+def _length_matched(
+    rewards: Sequence[np.ndarray],
+    gold: Sequence[np.ndarray],
+    words: Sequence[np.ndarray],
+    rows: Sequence[Any],
+    *,
+    samples: int,
+    seed: int,
+) -> dict[str, float]:
+    """Accuracy on the pairs inside the rows whose answers are about equally long."""
+    pairs = [
+        (row, better, worse)
+        for row, scores in enumerate(gold)
+        for better in range(len(scores))
+        for worse in range(len(scores))
+        if scores[better] > scores[worse]
+    ]
+    if not pairs:
+        return {"length_matched_n": 0}
+
+    def of(values: Sequence[np.ndarray], side: int) -> np.ndarray:
+        return np.array([values[pair[0]][pair[side]] for pair in pairs])
+
+    matched = length.length_matched(of(words, 1), of(words, 2))
+    result: dict[str, float] = {"length_matched_n": int(matched.sum())}
+    if matched.any():
+        inside = [rows[pairs[n][0]] for n in np.flatnonzero(matched)]
+        right = accuracy.pair_accuracy(
+            of(rewards, 1)[matched],
+            of(rewards, 2)[matched],
+            [prompt_key(_field(row, "prompt")) for row in inside],
+            samples=samples,
+            seed=seed,
+        )
+        result["length_matched_accuracy"] = right.value
+        result["length_matched_accuracy_low"] = right.low
+        result["length_matched_accuracy_high"] = right.high
+    return result

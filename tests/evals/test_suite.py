@@ -114,3 +114,19 @@ def test_kwise_reports_the_length_baseline():
 def test_a_row_count_that_differs_is_an_error():
     with pytest.raises(ValueError, match="4 rows for 2 pairs"):
         suite.evaluate_pairs(np.zeros(2), np.zeros(2), ROWS)
+
+
+def test_kwise_length_matched_accuracy_counts_the_pairs_inside_rows():
+    texts = ["one two three", "one two four", "one two three four five six seven"]
+    row = {
+        "prompt": "p",
+        "responses": [
+            {"text": text, "score": score} for text, score in zip(texts, (1, 2, 3))
+        ],
+    }
+    # Only the first two are about equally long; the second is the better one.
+    right = suite.evaluate_kwise([np.array([0.0, 1.0, -5.0])], [row], samples=20)
+    assert right["length_matched_n"] == 1
+    assert right["length_matched_accuracy"] == 1
+    wrong = suite.evaluate_kwise([np.array([1.0, 0.0, 9.0])], [row], samples=20)
+    assert wrong["length_matched_accuracy"] == 0
