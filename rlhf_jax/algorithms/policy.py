@@ -39,7 +39,7 @@ def policy_apply(
         before, follows = hidden_before(
             model, variables, sequences, None if deterministic else key
         )
-        logits = functools.partial(model.apply, variables, method="logits")
+        logits: Any = functools.partial(model.apply, variables, method="logits")
         logprobs, entropy = token_logprobs_and_entropy(
             logits, before, sequences.tokens, temperature=temperature
         )

@@ -53,7 +53,7 @@ def logprobs_apply(model: Llama, *, deterministic: bool) -> Callable[..., jax.Ar
         before, follows = hidden_before(
             model, variables, sequences, None if deterministic else key
         )
-        logits = functools.partial(model.apply, variables, method="logits")
+        logits: Any = functools.partial(model.apply, variables, method="logits")
         logprobs = token_logprobs(logits, before, sequences.tokens)
         return jnp.where(follows, logprobs, 0.0)
 

@@ -30,7 +30,7 @@ def rl_sections(
     sections = []
     kl, proxy = series(rows, "policy/kl"), series(rows, "reward/proxy")
     if len(kl[1]):
-        curve = {"kl": kl[1], "proxy": proxy[1]}
+        curve: dict[str, Any] = {"kl": kl[1], "proxy": proxy[1]}
         gold = series(rows, "reward/gold")[1]
         if len(gold) == len(kl[1]):
             curve["gold"] = gold

@@ -50,7 +50,8 @@ class Context:
     """What every layer of one forward shares."""
 
     rotation: tuple[Float[Array, "B T 1 h"], Float[Array, "B T 1 h"]]
-    visible: attention_lib.Visibility | decode_lib.DecodeVisibility
+    visible: Any
+    """attention.Visibility, or decode.DecodeVisibility with a DecodeCache."""
     index: Any
     """Column of the cache that is written, an int32 scalar; None without a cache."""
     backend: str = struct.field(pytree_node=False)

@@ -133,13 +133,14 @@ def as_texts(
 ) -> Texts:
     """The texts of host-side completions, G after G."""
     samples = len(rollout.tokens) // len(prompts)
+    tokens = np.asarray(rollout.tokens)
     # The token that stopped a completion is no part of its text.
     lengths = np.asarray(rollout.mask).sum(axis=1) - np.asarray(rollout.stopped)
     return Texts(
         prompts=[p.prompt for p in prompts for _ in range(samples)],
         completions=[
             encoder.completion_text(
-                prompts[m // samples].tokens, rollout.tokens[m][: lengths[m]]
+                prompts[m // samples].tokens, tokens[m, : lengths[m]]
             )
             for m in range(len(lengths))
         ],
@@ -263,7 +264,8 @@ def experience(
     completions: Completions, members: np.ndarray, packed: PackedGroups
 ) -> Experience:
     """A batch of some of the completions, as NumPy arrays."""
-    advantages = completions.advantages[members]
+    advantages: Any = completions.advantages[members].astype(np.float32)
+    weight: Any = completions.counts[members].astype(np.float32)
     fields: dict[str, Any] = {
         name: to_rows(packed, getattr(completions, name)[members].astype(np.float32))
         for name in ("old_logprobs", "ref_logprobs", "values", "returns")
@@ -273,8 +275,8 @@ def experience(
     return Experience(
         sequences=packed.sequences,
         sample=packed.sample,  # type: ignore[arg-type]
-        weight=completions.counts[members].astype(np.float32),
-        advantages=advantages.astype(np.float32),
+        weight=weight,
+        advantages=advantages,
         old_values=fields.pop("values"),
         **fields,
     )

@@ -42,7 +42,8 @@ def watch(history: Sequence[dict[str, float]]) -> list[str]:
             "being over-optimised"
         )
     proxy, entropy = (
-        _change(*windows[-2:], name) for name in ("reward/proxy", "policy/entropy")
+        _change(windows[-2], windows[-1], name)
+        for name in ("reward/proxy", "policy/entropy")
     )
     if proxy > _SURE and entropy < -_SURE and _last(history, "policy/entropy") < 0.1:
         lines.append(
@@ -63,7 +64,7 @@ def watch(history: Sequence[dict[str, float]]) -> list[str]:
         )
     held_out = [k for k in history[-1] if k.startswith("eval/") and k.endswith("/loss")]
     if abs(_last(history, "train/loss")) < 1e-4 and any(
-        abs(_change(*windows[-2:], name)) < 1 for name in held_out
+        abs(_change(windows[-2], windows[-1], name)) < 1 for name in held_out
     ):
         lines.append("the training loss is near zero while validation stands still")
     return lines

@@ -181,12 +181,13 @@ def summarise(paths: Sequence[pathlib.Path]) -> dict[str, Any]:
         gain = after - before
         spread = scipy.stats.sem(gain) if len(gain) > 1 else float("nan")
         half = spread * scipy.stats.t.ppf(0.975, max(len(gain) - 1, 1))
+        test: Any = scipy.stats.ttest_1samp(gain, 0, alternative="greater")
         found[name] = {
             "before": float(before.mean()),
             "after": float(after.mean()),
             "gain": float(gain.mean()),
             "half_width": float(half),
-            "p": float(scipy.stats.ttest_1samp(gain, 0, alternative="greater").pvalue),
+            "p": float(test.pvalue),
         }
     found["gold"]["below_peak"] = float(np.mean(peaks))
     return found
