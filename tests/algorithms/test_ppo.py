@@ -1,7 +1,5 @@
 """PPO on ragged completions: targets and both objectives equal to float64 loops."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,11 +10,9 @@ from rlhf_jax.algorithms import ppo
 from rlhf_jax.algorithms.policy import counted
 from rlhf_jax.algorithms.sft import sft_objective
 from rlhf_jax.algorithms.update import init_state, make_update
-from rlhf_jax.models.heads import RewardModel, ValueModel
 from rlhf_jax.programs import experience as xp
 from rlhf_jax.programs.ppo import PpoLossConfig, make_targets
 from rlhf_jax.programs.reinforcement import RLCursor
-from rlhf_jax.testing import tiny_config, tiny_reward_model
 from tests.ragged import (
     LAYOUTS,
     batch_of,
@@ -395,45 +391,3 @@ def test_ratios_leave_one_and_are_clipped_after_epochs_at_a_high_learning_rate()
     assert float(reports[0]["policy/clip_fraction"]) == 0
     assert float(reports[-1]["policy/clip_fraction"]) > 0.1
     assert float(reports[-1]["loss"]) < float(reports[0]["loss"])
-
-
-# The critic that starts from a reward model.
-
-
-def test_the_value_after_the_last_token_is_the_reward_models_score():
-    """Values are read before a token is chosen: one more token reads the whole text."""
-    config = tiny_config(num_layers=1)
-    model, params = tiny_reward_model(config)
-    critic = ValueModel(config)
-    one_more = ragged(3, 2)
-    lengths = one_more.mask.sum(axis=1)
-    mask = np.arange(7) < lengths[:, None] + 1
-    tokens = np.pad(one_more.tokens, ((0, 0), (0, 1)))
-    longer = dataclasses.replace(
-        one_more,
-        tokens=tokens,
-        mask=mask,
-        **{
-            name: np.zeros(mask.shape, np.float32)
-            for name in ("old_logprobs", "ref_logprobs", "values", "returns")
-        },
-    )
-    apply = jax.jit(ppo.value_apply(critic, deterministic=True))
-    values = xp.forward(
-        lambda rows: apply(params, rows, KEY), longer, packing("shared"), chunk=6
-    )
-    at_end = np.take_along_axis(values, lengths[:, None], axis=1)[:, 0]
-    padded = batch_of(longer, "padded")
-    ends = longer.prompt_lengths.repeat(2) + lengths - 1
-    scores = jax.jit(RewardModel.apply, static_argnums=0)(
-        model,
-        {"params": params},
-        padded.sequences,
-        jnp.asarray(ends, jnp.int32)[:, None],
-    )
-    # Padded rows are in the order of the completions, whose number is `sample`.
-    owner = np.asarray(padded.sample).max(axis=1)
-    np.testing.assert_allclose(
-        at_end[owner], np.asarray(scores)[owner, 0], rtol=1e-5, atol=1e-5
-    )
-    assert np.ptp(at_end) > 1e-3

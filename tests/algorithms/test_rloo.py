@@ -9,14 +9,11 @@ import optax
 import pytest
 
 from rlhf_jax.algorithms import rloo
-from rlhf_jax.algorithms.policy import counted, policy_apply, policy_metrics
+from rlhf_jax.algorithms.policy import counted, policy_metrics
 from rlhf_jax.algorithms.update import init_state, make_update
 from rlhf_jax.programs import experience as xp
 from rlhf_jax.programs.reinforcement import RLCursor
 from rlhf_jax.programs.rloo import KL_LOSSES, VARIANTS, RlooLossConfig, make_targets
-from rlhf_jax.sampling.generate import SamplingConfig, make_generate
-from rlhf_jax.testing import tiny_config, tiny_llama
-from rlhf_jax.types import PromptBatch
 from tests.ragged import (
     LAYOUTS,
     batch_of,
@@ -357,41 +354,3 @@ def test_metrics_equal_a_float64_loop():
         np.testing.assert_allclose(
             found[f"policy/{name}"].value(), mean, rtol=1e-5, err_msg=name
         )
-
-
-# The sampler's log-probabilities are those of the training forward.
-
-
-def test_ratio_is_one_within_1e4_with_the_samplers_logprobs():
-    model, params = tiny_llama(tiny_config(num_layers=1))
-    config = SamplingConfig(num_samples=3, max_new_tokens=8, temperature=0.7)
-    # An eighth of the vocabulary ends a completion: the lengths are ragged.
-    generate = jax.jit(make_generate(model, config, stop_ids=tuple(range(64))))
-    prompts = PromptBatch(
-        tokens=np.random.default_rng(0).integers(0, 512, (4, 6)).astype(np.int32),
-        mask=np.arange(6) < np.array([[3], [5], [2], [6]]),
-    )
-    rollout = jax.device_get(generate(params, prompts, KEY))
-    lengths = rollout.mask.sum(axis=1)
-    assert len(set(lengths.tolist())) > 3
-    zeros = np.zeros(rollout.mask.shape, np.float32)
-    completions = ragged(
-        prompt_tokens=prompts.tokens[prompts.mask],
-        prompt_lengths=prompts.mask.sum(axis=1),
-        tokens=rollout.tokens,
-        mask=rollout.mask,
-        stopped=rollout.stopped,
-        old_logprobs=rollout.logprobs,
-        ref_logprobs=zeros,
-        values=zeros,
-        returns=zeros,
-    )
-    apply = jax.jit(policy_apply(model, temperature=0.7, deterministic=True))
-    for layout in LAYOUTS:
-        batch = batch_of(completions, layout)
-        logprobs, entropy = apply(params, batch.sequences, KEY)
-        mask = np.asarray(counted(batch))
-        ratio = np.exp(np.asarray(logprobs - batch.old_logprobs)[mask])
-        np.testing.assert_allclose(ratio, 1, atol=1e-4, err_msg=layout)
-        assert (np.asarray(entropy)[mask] > 0).all()
-        assert len(ratio) == lengths.sum()

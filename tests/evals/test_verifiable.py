@@ -37,7 +37,7 @@ def test_an_answer_without_a_number_is_an_error():
 
 
 def test_gsm8k_solutions_earn_the_reward(test_data):
-    with gzip.open(test_data / "gsm8k.jsonl.gz", "rt") as file:
+    with gzip.open(test_data / "data" / "gsm8k.jsonl.gz", "rt") as file:
         rows = [json.loads(line) for line in file][:2000]
     right = [
         exact_number(

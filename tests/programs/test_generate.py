@@ -42,14 +42,14 @@ def test_every_prompt_has_its_samples_in_order(tmp_path):
 
 
 def test_batch_size_does_not_change_completions(tmp_path):
-    run(_config(tmp_path, batch_size=5, sampling=SamplingConfig(temperature=0)))
+    run(_config(tmp_path, batch_size=5, sampling=SamplingConfig(temperature=0.0)))
     whole = _lines(tmp_path)
     run(
         _config(
             tmp_path,
             batch_size=2,
             overwrite=True,
-            sampling=SamplingConfig(temperature=0),
+            sampling=SamplingConfig(temperature=0.0),
         )
     )
     for a, b in zip(whole, _lines(tmp_path), strict=True):
