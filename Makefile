@@ -41,6 +41,8 @@ smollm2: .venv/.core
 
 bench: .venv/.test benchmarks/.envs/trl/.complete
 	$(BIN)/python benchmarks/reward_step.py
+	$(BIN)/python benchmarks/generation.py
+	$(BIN)/python benchmarks/rloo_step.py
 
 benchmarks/.envs/trl/.complete: benchmarks/envs.sh
 	PYTHON=$(PYTHON) bash benchmarks/envs.sh

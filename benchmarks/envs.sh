@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Creates benchmarks/.envs/trl, the environment of the peer that reward_step.py measures:
-# TRL 1.16 on torch. It is apart from .venv because the peers exclude each other's versions.
+# Creates benchmarks/.envs/trl, the environment of the peers that the scripts here measure:
+# TRL 1.16 and its transformers on torch. It is apart from .venv because the peers exclude each other's versions.
 # torch is installed first, so that nothing pulls another build of it in: pass a CPU wheel's
 # requirement as TORCH where the plain one brings CUDA.
 set -euo pipefail

@@ -18,8 +18,6 @@ import json
 import pathlib
 import platform
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from typing import Any
@@ -27,6 +25,7 @@ from typing import Any
 import jax
 import numpy as np
 import optax
+from peer import Peer, require_peer
 from rich.console import Console
 from rich.table import Table
 
@@ -42,8 +41,6 @@ from rlhf_jax.models.hf import export_hf
 from rlhf_jax.models.presets import PRESETS
 from rlhf_jax.types import PreferenceBatch
 
-HERE = pathlib.Path(__file__).parent
-WORKER_PYTHON = HERE / ".envs" / "trl" / "bin" / "python"
 LEARNING_RATE = 1e-5
 BATCH_SIZES = {"small-5m": 16, "smollm2-135m": 4}
 ROW_LENGTH = {"padded": 400, "packed": 400, "shared": 600}
@@ -118,32 +115,6 @@ class Ours:
         return float(self.evaluate(self.state, self.pack(pairs))["loss"].value())
 
 
-class Trl:
-    """The worker process: answers one JSON line to each request."""
-
-    def __init__(self, job: dict[str, Any], directory: pathlib.Path) -> None:
-        path = directory / "job.json"
-        path.write_text(json.dumps(job))
-        self.process = subprocess.Popen(
-            [str(WORKER_PYTHON), str(HERE / "trl_worker.py"), str(path)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        self.hello = self.read()
-
-    def read(self) -> dict[str, float]:
-        line = self.process.stdout.readline()
-        if not line:
-            sys.exit("the TRL worker ended early; its messages are above")
-        return json.loads(line)
-
-    def step(self) -> float:
-        self.process.stdin.write("go\n")
-        self.process.stdin.flush()
-        return self.read()["seconds"]
-
-
 def measure(name: str, layouts: list[str], rounds: int, seed: int) -> dict[str, Any]:
     """All figures of one model shape."""
     config, batch_size = PRESETS[name], BATCH_SIZES[name]
@@ -161,7 +132,7 @@ def measure(name: str, layouts: list[str], rounds: int, seed: int) -> dict[str, 
             "steps": len(batches),
             "learning_rate": LEARNING_RATE,
         }
-        trl = Trl(job, directory)
+        trl = Peer("trl_worker.py", job, directory)
         ceiling = {"torch": trl.hello["ceiling"], "xla": measured_flops(2048)}
         ours = {layout: Ours(config, params, layout) for layout in layouts}
         compile_s = {layout: side.compile(batches) for layout, side in ours.items()}
@@ -169,10 +140,10 @@ def measure(name: str, layouts: list[str], rounds: int, seed: int) -> dict[str, 
         first |= {layout: side.loss(batches[0]) for layout, side in ours.items()}
         seconds: dict[str, list[float]] = {side: [] for side in ("trl", *layouts)}
         for batch in batches:
-            seconds["trl"].append(trl.step())
+            seconds["trl"].append(trl.ask()["seconds"])
             for layout, side in ours.items():
                 seconds[layout].append(side.step(batch))
-        bye = trl.read()
+        bye = trl.finish()
         last = {"trl": bye["loss"]}
         last |= {layout: side.loss(batches[0]) for layout, side in ours.items()}
     # The first round warms both sides up.
@@ -278,8 +249,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    if not WORKER_PYTHON.exists():
-        sys.exit(f"{WORKER_PYTHON} is missing: run benchmarks/envs.sh (or make bench)")
+    require_peer()
     layouts = args.layout or list(ROW_LENGTH)
     for name in args.shape or BATCH_SIZES:
         report = measure(name, layouts, args.rounds, args.seed)

@@ -8,27 +8,20 @@ which TRL turns on by default, are off: the first is slower, the second another
 precision.
 """
 
-import json
-import sys
+from worker import answer, job, measured_flops, wait  # isort: skip
+
 import time
 
-ANSWERS, sys.stdout = sys.stdout, sys.stderr
-
-import torch  # noqa: E402
-from datasets import Dataset  # noqa: E402
-from tokenizers import Tokenizer  # noqa: E402
-from tokenizers.models import WordLevel  # noqa: E402
-from transformers import (  # noqa: E402
+import torch
+from datasets import Dataset
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import (
     AutoModelForSequenceClassification,
     PreTrainedTokenizerFast,
     TrainerCallback,
 )
-from trl import RewardConfig, RewardTrainer  # noqa: E402
-
-
-def answer(**values: float) -> None:
-    """Writes one JSON line to the driver."""
-    print(json.dumps(values), file=ANSWERS, flush=True)
+from trl import RewardConfig, RewardTrainer
 
 
 class TakeTurns(TrainerCallback):
@@ -39,7 +32,7 @@ class TakeTurns(TrainerCallback):
         self.start = 0.0
 
     def wait(self) -> None:
-        sys.stdin.readline()
+        wait()
         self.start = time.perf_counter()
 
     def on_train_begin(self, args, state, control, **_):
@@ -51,22 +44,10 @@ class TakeTurns(TrainerCallback):
             self.wait()
 
 
-def measured_flops(size: int = 2048, repeats: int = 5) -> float:
-    """Best FLOP/s of a square float32 matmul."""
-    x = torch.ones(size, size)
-    best = float("inf")
-    for _ in range(repeats):
-        start = time.perf_counter()
-        x @ x
-        best = min(best, time.perf_counter() - start)
-    return 2.0 * size**3 / best
-
-
 def main() -> None:
-    with open(sys.argv[1]) as file:
-        job = json.load(file)
+    todo = job()
     model = AutoModelForSequenceClassification.from_pretrained(
-        job["model"], dtype=torch.float32
+        todo["model"], dtype=torch.float32
     )
     vocabulary = {f"<{i}>": i for i in range(model.config.vocab_size)}
     tokenizer = PreTrainedTokenizerFast(
@@ -79,14 +60,14 @@ def main() -> None:
             "chosen_ids": pair["prompt"] + pair["chosen"],
             "rejected_ids": pair["prompt"] + pair["rejected"],
         }
-        for pair in job["pairs"]
+        for pair in todo["pairs"]
     ]
     config = RewardConfig(
-        output_dir=job["out"],
-        per_device_train_batch_size=job["batch_size"],
-        max_steps=job["steps"],
+        output_dir=todo["out"],
+        per_device_train_batch_size=todo["batch_size"],
+        max_steps=todo["steps"],
         train_sampling_strategy="sequential",
-        learning_rate=job["learning_rate"],
+        learning_rate=todo["learning_rate"],
         lr_scheduler_type="constant",
         bf16=False,
         gradient_checkpointing=False,
@@ -100,9 +81,9 @@ def main() -> None:
         args=config,
         train_dataset=Dataset.from_list(rows),
         processing_class=tokenizer,
-        callbacks=[TakeTurns(job["steps"])],
+        callbacks=[TakeTurns(todo["steps"])],
     )
-    first = trainer.data_collator(rows[: job["batch_size"]])
+    first = trainer.data_collator(rows[: todo["batch_size"]])
 
     def loss() -> float:
         with torch.no_grad():
