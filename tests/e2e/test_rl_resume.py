@@ -172,7 +172,9 @@ def test_samples_hold_each_step_once(whole):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.parametrize(
+    "number", [signal.SIGKILL, signal.SIGTERM], ids=lambda number: number.name
+)
 def test_stopped_twenty_times_it_ends_bit_for_bit_the_same(setting, tmp_path, number):
     """SIGTERM saves between epochs too; SIGKILL goes back to the last whole step."""
     steps, chance, stopped = 30, random.Random(int(number)), 0
