@@ -11,6 +11,7 @@ NUM_DEVICES = 8
 
 _flags = os.environ.get("XLA_FLAGS", "").split()
 _flags.append(f"--xla_force_host_platform_device_count={NUM_DEVICES}")
+_flags.append("--xla_cpu_use_fusion_emitters=false")  # compiles a third faster
 if "PYTEST_XDIST_WORKER" in os.environ:
     # One process a core already: more threads would only wait for each other.
     _flags.append("--xla_cpu_multi_thread_eigen=false")

@@ -134,6 +134,7 @@ class Batches:
         layout: layouts.Layout = "shared",
         row_length: int | None = None,
         rows_multiple_of: int = 1,
+        num_shapes: int = 3,
         side: Literal["right", "left"] = "right",
         process_index: int = 0,
         process_count: int = 1,
@@ -153,6 +154,7 @@ class Batches:
             layout: see `row_length`.
             row_length: see `layout`; None or 0 = fit for the dataset.
             rows_multiple_of: slices the devices cut the batch into.
+            num_shapes: row counts that packed batches take, at most.
             process_index: see `process_count`.
             process_count: the slice of rows and pairs to build.
             prefetch: batches built ahead; 0 = none, in the caller's thread.
@@ -178,7 +180,7 @@ class Batches:
         )
         self.end = None if epochs is None else epochs * len(dataset)
         self.start_row, self.prefetch = start_row, prefetch
-        self.shapes = self._choose_shapes(row_length or None)
+        self.shapes = self._choose_shapes(row_length or None, num_shapes)
         self._iterator: Any = None
 
     def __iter__(self) -> Iterator[tuple[Any, int]]:
@@ -286,7 +288,7 @@ class Batches:
             **where,
         )
 
-    def _choose_shapes(self, row_length: int | None) -> Shapes:
+    def _choose_shapes(self, row_length: int | None, num_shapes: int) -> Shapes:
         """Row length, slots, row counts: from lengths alone, so the same on resume."""
         everything = list(range(len(self.dataset)))
         blocks = self._blocks(everything)
@@ -304,6 +306,7 @@ class Batches:
             per_block=2 if self.layout == "shared" else 1,
             row_length=row_length,
             rows_multiple_of=self.rows_multiple_of,
+            num_shapes=num_shapes,
         )
 
     @property

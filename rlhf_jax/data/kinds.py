@@ -53,11 +53,14 @@ class DataConfig:
     or one padded sequence. SFT packs where this says shared."""
     row_length: int | None = None
     """Tokens of a row; null = fit for the dataset."""
+    num_shapes: int = 3
+    """Row counts that packed batches of training take, at most: each is a compilation,
+    and fewer of them mean more padding."""
     cache_dir: str | None = None
     """Folder for tokenised rows; null = none."""
 
     def __post_init__(self) -> None:
-        for name in ("max_length", "max_prompt_length", "row_length"):
+        for name in ("max_length", "max_prompt_length", "row_length", "num_shapes"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"rows.{name}: expected at least 1, got {value}")

@@ -242,7 +242,9 @@ def _cache(
     if content is None:
         return None  # hub, TFDS, testbed: only reading them would tell what is in them
     settings = dataclasses.asdict(
-        dataclasses.replace(config, cache_dir=None, layout="shared", row_length=None)
+        dataclasses.replace(
+            config, cache_dir=None, layout="shared", row_length=None, num_shapes=1
+        )
     )
     selection = dataclasses.asdict(dataclasses.replace(spec, weight=None, text=""))
     key = [kind, content, encoder.fingerprint, settings, selection]

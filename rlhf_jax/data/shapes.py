@@ -1,7 +1,7 @@
 """The few shapes that the packed batches of a dataset take, chosen once from lengths.
 
 A batch of n blocks needs now more, now fewer rows; each row count is a compilation. So
-the row length and at most `SHAPES` row counts are chosen for the least work over a
+the row length and a few row counts are chosen for the least work over a
 sample of batches. It is a pure function of lengths, so a resumed run gets the same
 shapes.
 """
@@ -15,8 +15,6 @@ import numpy as np
 
 from rlhf_jax.data.plan import MIN_ROW_LENGTH, bucket, plan_blocks
 
-SHAPES = 3
-"""Row counts; a rarer, larger batch takes a bucket of its own."""
 _LENGTHS = (1.0, 1.25, 1.5, 2.0)
 """Row lengths tried, in units of the longest block."""
 _ATTENTION = 8192
@@ -46,6 +44,7 @@ def choose_shapes(
     per_block: int,
     row_length: int | None = None,
     rows_multiple_of: int = 1,
+    num_shapes: int = 3,
 ) -> Shapes:
     """The shapes that make the least work of these batches.
 
@@ -56,6 +55,8 @@ def choose_shapes(
         per_block: score slots a block takes.
         row_length: fixed by the user; None = chosen.
         rows_multiple_of: row counts become multiples of it.
+        num_shapes: row counts, at most; a rarer, larger batch takes a bucket of its
+            own.
     """
     lengths = [row_length] if row_length else _candidates(longest)
     best: tuple[float, Shapes] | None = None
@@ -75,7 +76,10 @@ def choose_shapes(
             * rows_multiple_of
             for blocks in batches
         )
-        rows, total = _fewest_rows(needed)
+        # Other batches may need a little more than the largest of these.
+        room = bucket(max(needed))
+        needed[-(-room // rows_multiple_of) * rows_multiple_of] += 0
+        rows, total = _fewest_rows(needed, num_shapes)
         work = total * length * (1 + length / _ATTENTION)
         if best is None or work < best[0]:
             best = work, Shapes(length, slots, rows)
@@ -90,13 +94,14 @@ def _candidates(longest: int) -> list[int]:
     return sorted({max(length, MIN_ROW_LENGTH) for length in lengths})
 
 
-def _fewest_rows(needed: "collections.Counter[int]") -> tuple[tuple[int, ...], int]:
-    """(row counts, rows of all batches): the best SHAPES counts, the largest
-    included."""
+def _fewest_rows(
+    needed: "collections.Counter[int]", num_shapes: int
+) -> tuple[tuple[int, ...], int]:
+    """(row counts, rows of all batches): the best few counts, the largest included."""
     values = sorted(needed)
     most, others = values[-1], values[:-1][-12:]
     best: tuple[tuple[int, ...], int] | None = None
-    for few in itertools.combinations(others, min(SHAPES - 1, len(others))):
+    for few in itertools.combinations(others, min(num_shapes - 1, len(others))):
         rows = (*few, most)
         total = sum(
             count * next(size for size in rows if size >= value)

@@ -1,7 +1,8 @@
 """Encoded completions -> rewards in input order, in few compiled shapes.
 
 Completions are put into at most `MAX_SHAPES` groups; a group's rows all have one
-length, its batches one number of rows and of score slots, so a group compiles once.
+length, its batches one number of rows and of score slots, so a group compiles once. The
+numbers are coarse, so that call after call finds its shapes compiled.
 Inside a row several completions are packed, each seeing only itself: batch size, order,
 packing and padding do not change a score beyond float rounding. The model is not known
 here, only a function `score_fn(sequences, score_at) -> rewards [B S]`, jitted by the
@@ -20,6 +21,8 @@ from rlhf_jax.types import Sequences
 ScoreFn: TypeAlias = Callable[[Sequences, np.ndarray], np.ndarray]
 MAX_SHAPES = 3
 """Row lengths of one call, at most."""
+_TOKENS_PER_SLOT = 16
+"""Shorter completions than this on average would leave rows unfilled."""
 
 
 class ScoringBatch(NamedTuple):
@@ -51,19 +54,16 @@ def _groups(lengths: np.ndarray, row_length: int | None) -> Iterator[_Group]:
     than half of it stay, with the short ones that fill their gaps; the rest goes on to
     the shorter rows, whose attention costs less.
     """
-    size = row_length or layout.row_bucket(int(lengths.max(initial=1)))
+    longest = int(lengths.max(initial=1))
+    size = layout.row_bucket(longest)
+    if row_length is not None and longest <= row_length:
+        size = row_length
     left = np.arange(len(lengths))
     for shape in range(MAX_SHAPES):
         if not len(left):
             return
-        # Room for twice the mean number in a row: more would rarely be used.
-        slots = 1 << int(np.ceil(np.log2(2 * size / lengths[left].mean())))
-        plan = layout.plan_blocks(
-            lengths[left],
-            row_length=size,
-            slots=slots,
-            where=lambda n, left=left: f"completion {left[n]}",
-        )
+        slots = max(size // _TOKENS_PER_SLOT, 1)
+        plan = layout.plan_blocks(lengths[left], row_length=size, slots=slots)
         last = shape == MAX_SHAPES - 1 or size // 2 < layout.MIN_ROW_LENGTH
         keep = np.ones(len(left), bool)
         if row_length is None and not last:
@@ -89,13 +89,14 @@ def scoring_batches(
     Args:
         encoded: what to score.
         tokens_per_batch: cells of a batch, at most; one row if a row is longer.
-        row_length: one row length for all; None = chosen from the lengths.
+        row_length: of all rows, unless a completion is longer; None = chosen from the
+            lengths.
         rows_multiple_of: the number of rows is a multiple of it (devices of the batch
             axis).
         pad_id: token on padding.
 
     Raises:
-        ValueError: a completion does not fit a row, or a number is not positive.
+        ValueError: a completion without tokens, or tokens_per_batch below 1.
     """
     if tokens_per_batch < 1:
         raise ValueError(f"tokens_per_batch {tokens_per_batch}: expected at least 1")
@@ -105,7 +106,7 @@ def scoring_batches(
         raise ValueError(f"completion {empty[0]}: no token to score")
     for size, slots, members, row in _groups(lengths, row_length):
         needed = int(row.max()) + 1
-        rows = min(max(tokens_per_batch // size, 1), layout.bucket(needed))
+        rows = min(max(tokens_per_batch // size, 1), layout.bucket(needed, steps=1))
         rows = -(-rows // rows_multiple_of) * rows_multiple_of
         for start in range(0, needed, rows):
             # Best fit never looks at blocks of other rows: these fit `rows` again.
@@ -143,7 +144,7 @@ def score(
         progress: called with the number of completions of each finished batch.
 
     Raises:
-        ValueError: a completion does not fit a row; see `scoring_batches`.
+        ValueError: see `scoring_batches`.
     """
     rewards = np.full(len(encoded), np.nan, np.float32)
     waiting: list[tuple[ScoringBatch, np.ndarray]] = []

@@ -271,6 +271,7 @@ def _measure(dataset: Any, layout: str, config: DataProgramConfig) -> dict[str, 
             seed=config.seed,
             layout=layout,  # type: ignore[arg-type]
             row_length=config.rows.row_length,
+            num_shapes=config.rows.num_shapes,
             prefetch=0,
         )
     except ValueError as error:  # a row_length that this layout cannot use

@@ -425,6 +425,7 @@ def _ptx_rows(
             accum_steps=config.accum_steps,
             layout=config.rows.layout,
             row_length=config.rows.row_length,
+            num_shapes=config.rows.num_shapes,
             rows_multiple_of=setting.packing.rows_multiple_of,
             prefetch=0,
         )

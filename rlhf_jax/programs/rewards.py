@@ -107,6 +107,7 @@ def open_rewards(
     scoring: ScoringConfig = ScoringConfig(),
     timeout_s: float,
     encoder: Encoder | None = None,
+    row_length: int | None = None,
 ) -> Rewards:
     """The sources of a run, models loaded and functions imported.
 
@@ -115,6 +116,8 @@ def open_rewards(
         scoring: how reward models score.
         timeout_s: longest time of one call of a function, and of one HTTP request.
         encoder: the policy's; HTTP scorers that are not ours get its text.
+        row_length: of the rows that reward models score, unless a text is longer: with
+            one length many calls share their compiled shapes.
 
     Raises:
         ValueError: no source, one twice, or one that cannot be opened; names it.
@@ -133,7 +136,7 @@ def open_rewards(
         elif kind == "http":
             opened[spec] = _http(HttpScorer(spec, timeout_s, encoder=encoder))
         else:
-            opened[spec] = _model(spec, open_scorer(spec, scoring))
+            opened[spec] = _model(spec, open_scorer(spec, scoring), row_length)
     return Rewards(
         tuple(
             Source(name, spec, kind, weight, opened[spec])
@@ -204,7 +207,7 @@ def _http(scorer: HttpScorer) -> ScoreTexts:
     return score
 
 
-def _model(spec: str, scorer: Scorer) -> ScoreTexts:
+def _model(spec: str, scorer: Scorer, row_length: int | None) -> ScoreTexts:
     def score(
         prompts: Sequence[Any], completions: Sequence[str], rows: Rows
     ) -> np.ndarray:
@@ -222,7 +225,7 @@ def _model(spec: str, scorer: Scorer) -> ScoreTexts:
                 f"reward {spec}: refuses {len(refused)} of {len(completions)} "
                 f"completions; {quoted(n, completions)}: {first.reason}: {first.detail}"
             )
-        return scorer.rewards(encoded)
+        return scorer.rewards(encoded, row_length=row_length)
 
     return score
 

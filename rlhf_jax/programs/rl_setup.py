@@ -25,6 +25,7 @@ from rlhf_jax.data import prepare
 from rlhf_jax.data.encode import EncodedPrompt, Encoder
 from rlhf_jax.data.groups import group_row_length
 from rlhf_jax.data.iterate import Order
+from rlhf_jax.data.layout import row_bucket
 from rlhf_jax.data.store import PromptDataset
 from rlhf_jax.io import report
 from rlhf_jax.models import lora
@@ -220,6 +221,7 @@ def open_rl(config: Any) -> Iterator[Setting]:
             scoring=config.scoring,
             timeout_s=config.shaping.timeout_s,
             encoder=encoder,
+            row_length=_scored_length(config, data),
         )
         apply = policy_apply(
             model, temperature=_temperature(config), deterministic=True
@@ -330,6 +332,12 @@ def _packing(
         rows_multiple_of=batch_devices(mesh),
         pad_id=encoder.pad_id,
     )
+
+
+def _scored_length(config: Any, data: training.Data) -> int:
+    """A row that holds any prompt with its completion."""
+    prompts = max(int(d.lengths.max()) for d in (data.train, *data.evals.values()))
+    return row_bucket(prompts + config.sampling.max_new_tokens)
 
 
 def _chunk(config: Any) -> int:

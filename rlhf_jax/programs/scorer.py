@@ -100,8 +100,10 @@ class Scorer:
         self,
         encoded: Sequence[EncodedCompletion],
         progress: Callable[[int], None] | None = None,
+        *,
+        row_length: int | None = None,
     ) -> np.ndarray:
-        """float32 rewards in input order."""
+        """float32 rewards in input order; see `scoring.score`."""
         with jax.set_mesh(self.mesh):
             return scoring.score(
                 self.score_fn,
@@ -109,6 +111,7 @@ class Scorer:
                 tokens_per_batch=self.tokens_per_batch,
                 rows_multiple_of=self.rows_multiple_of,
                 progress=progress,
+                row_length=row_length,
             )
 
 

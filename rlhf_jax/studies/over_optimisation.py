@@ -25,7 +25,13 @@ from rlhf_jax.programs import ppo, reward, rloo, sft
 from rlhf_jax.programs.reinforcement import RLLoopConfig
 from rlhf_jax.programs.supervised import LoopConfig
 from rlhf_jax.sampling.generate import SamplingConfig
-from rlhf_jax.studies.quickstart import GOLD, QuickstartConfig, sft_config
+from rlhf_jax.studies.quickstart import (
+    FEW_SHAPES,
+    GOLD,
+    UNROLLED,
+    QuickstartConfig,
+    sft_config,
+)
 
 BINS = 12
 """Bins of the square root of the KL in the plot."""
@@ -41,16 +47,18 @@ class OverOptimisationConfig:
     """Reward models and RL runs for each setting."""
     biases: tuple[float, ...] = (0.0, 0.5, 1.0)
     """Annotator's bias towards flattery, in units of gold reward."""
-    sft_steps: int = 300
+    sft_steps: int = 600
     """Optimizer steps of the one SFT policy."""
     reward_steps: int = 400
     """Optimizer steps of each reward model."""
-    steps: int = 80
+    steps: int = 60
     """RL steps with the KL penalty."""
-    free_steps: int = 160
+    free_steps: int = 100
     """RL steps without it."""
-    kl_coef: float = 0.1
-    """Of the runs with the penalty."""
+    kl_coef: float = 0.3
+    """Of RLOO with the penalty, in units of the reward."""
+    ppo_kl_coef: float = 0.5
+    """Of PPO, whose rewards are scaled to a standard deviation of 1."""
 
 
 def run(config: OverOptimisationConfig) -> dict[str, Any]:
@@ -91,29 +99,33 @@ def _reward(
     return reward.RewardConfig(
         run_dir=f"{config.run_dir}/reward-{bias:g}-{seed}",
         model=f"{config.run_dir}/sft",
-        data=[f"testbed:train?size=8000&seed={seed}&flattery_bias={bias}"],
+        data=[f"testbed:train?size=16000&seed={seed}&flattery_bias={bias}"],
         eval_data=[f"id=testbed:val_id?size=400&seed={seed}"],
         batch_size=64,
         steps=config.reward_steps,
         seed=seed,
         optimizer=OptimizerConfig(
-            learning_rate=1e-3, schedule="cosine", weight_decay=0.01, final_scale=0.05
+            learning_rate=2e-3, schedule="cosine", weight_decay=0.01, final_scale=0.05
         ),
+        rows=FEW_SHAPES,
         loop=LoopConfig(eval_every=config.reward_steps, keep=1),
+        compute=UNROLLED,
     )
 
 
 def _shared(config: OverOptimisationConfig, seed: int, bias: float, steps: int) -> dict:
-    """What every RL run has in common; 128 completions a step."""
+    """What every RL run has in common; 128 completions a step. The prompts that judge
+    are not those that the settings were chosen on."""
     return {
         "model": f"{config.run_dir}/sft",
         "data": ["testbed:rl?size=4000"],
         "reward": [f"{config.run_dir}/reward-{bias:g}-{seed}"],
         "gold": GOLD,
-        "eval_data": ["val=testbed:rl_val?size=256"],
+        "eval_data": ["val=testbed:rl_val?size=512&seed=1"],
         "steps": steps,
         "seed": seed,
         "loop": RLLoopConfig(keep=1, save_every=steps, eval_every=steps),
+        "compute": UNROLLED,
     }
 
 
@@ -131,7 +143,7 @@ def _rloo(
         batch_size=32,
         loss=rloo.RlooLossConfig(kl_coef=kl_coef),
         sampling=SamplingConfig(num_samples=4, max_new_tokens=48),
-        optimizer=OptimizerConfig(learning_rate=3e-4, warmup=0.05),
+        optimizer=OptimizerConfig(learning_rate=1e-3, warmup=0.05),
         **_shared(config, seed, bias, steps),
     )
 
@@ -142,10 +154,10 @@ def _ppo(config: OverOptimisationConfig, seed: int, bias: float) -> ppo.PpoConfi
         batch_size=128,
         epochs=2,
         minibatches=2,
-        loss=ppo.PpoLossConfig(kl_coef=config.kl_coef / 2, critic_warmup=5),
+        loss=ppo.PpoLossConfig(kl_coef=config.ppo_kl_coef, critic_warmup=5),
         sampling=SamplingConfig(max_new_tokens=48),
-        optimizer=OptimizerConfig(learning_rate=2e-4, beta2=0.95),
-        critic_optimizer=OptimizerConfig(learning_rate=5e-4, beta2=0.95),
+        optimizer=OptimizerConfig(learning_rate=3e-4, warmup=0.05, beta2=0.95),
+        critic_optimizer=OptimizerConfig(learning_rate=1e-3, beta2=0.95),
         **_shared(config, seed, bias, config.steps),
     )
 

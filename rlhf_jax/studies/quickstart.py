@@ -16,6 +16,8 @@ from rich.console import Console
 from rich.table import Table
 
 from rlhf_jax.algorithms.optimizer import OptimizerConfig
+from rlhf_jax.data.prepare import DataConfig
+from rlhf_jax.models.config import ComputeConfig
 from rlhf_jax.programs import evaluate, export, reward, rloo, sft
 from rlhf_jax.programs.reinforcement import RLLoopConfig
 from rlhf_jax.programs.supervised import LoopConfig
@@ -28,6 +30,9 @@ SCENARIOS = {
     "val_both_ood": "new prompts and new styles",
 }
 GOLD = "rlhf_jax.testbed:gold_rewards"
+FEW_SHAPES = DataConfig(num_shapes=1)
+UNROLLED = ComputeConfig(scan_layers=False)
+"""Of models so small that compiling them takes longer than training them."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,13 +41,13 @@ class QuickstartConfig:
 
     run_dir: str = "runs/quickstart"
     """Directory of the runs; finished ones are only shown again."""
-    sft_steps: int = 300
+    sft_steps: int = 500
     """Optimizer steps of 64 demonstrations."""
     reward_steps: int = 300
     """Optimizer steps of 64 pairs."""
     rloo_steps: int = 60
     """Steps of 32 prompts with four completions each."""
-    pairs: int = 8000
+    pairs: int = 12_000
     """Training pairs."""
     flip_rate: float = 0.1
     """Share of training labels that are flipped."""
@@ -83,13 +88,15 @@ def sft_config(config: QuickstartConfig) -> sft.SftConfig:
     return sft.SftConfig(
         run_dir=f"{config.run_dir}/sft",
         model="testbed",
-        data=[f"testbed:sft?size=8000&seed={config.seed}"],
+        data=[f"testbed:sft?size=10000&seed={config.seed}"],
         eval_data=[f"val=testbed:sft_val?size=200&seed={config.seed}"],
         batch_size=64,
         steps=config.sft_steps,
         seed=config.seed,
-        optimizer=OptimizerConfig(learning_rate=2e-3, schedule="cosine"),
+        rows=FEW_SHAPES,
+        optimizer=OptimizerConfig(learning_rate=4e-3, schedule="cosine"),
         loop=LoopConfig(eval_every=max(config.sft_steps // 3, 1), keep=1),
+        compute=UNROLLED,
     )
 
 
@@ -105,10 +112,12 @@ def reward_config(config: QuickstartConfig) -> reward.RewardConfig:
         batch_size=64,
         steps=config.reward_steps,
         seed=config.seed,
+        rows=FEW_SHAPES,
         optimizer=OptimizerConfig(
-            learning_rate=1e-3, schedule="cosine", weight_decay=0.01, final_scale=0.05
+            learning_rate=2e-3, schedule="cosine", weight_decay=0.01, final_scale=0.05
         ),
         loop=LoopConfig(eval_every=max(config.reward_steps // 3, 1), keep=1),
+        compute=UNROLLED,
     )
 
 
@@ -135,14 +144,15 @@ def rloo_config(config: QuickstartConfig) -> rloo.RlooConfig:
         data=[f"testbed:rl?size=4000&seed={config.seed}"],
         reward=[f"{config.run_dir}/reward"],
         gold=GOLD,
-        eval_data=[f"val=testbed:rl_val?size=128&seed={config.seed}"],
+        eval_data=[f"val=testbed:rl_val?size=512&seed={config.seed}"],
         batch_size=32,
         steps=config.rloo_steps,
         seed=config.seed,
-        loss=rloo.RlooLossConfig(kl_coef=0.1),
+        loss=rloo.RlooLossConfig(kl_coef=0.3),
         sampling=SamplingConfig(num_samples=4, max_new_tokens=48),
-        optimizer=OptimizerConfig(learning_rate=3e-4, warmup=0.05),
+        optimizer=OptimizerConfig(learning_rate=1e-3, warmup=0.05),
         loop=RLLoopConfig(keep=1, eval_every=max(config.rloo_steps // 3, 1)),
+        compute=UNROLLED,
     )
 
 

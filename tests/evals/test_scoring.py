@@ -121,13 +121,16 @@ def test_no_completion_gives_no_reward():
     assert scoring.score(fake, []).shape == (0,)
 
 
-def test_a_completion_longer_than_the_row_is_named():
-    with pytest.raises(ValueError, match=r"completion 1 needs 5 tokens"):
-        scoring.score(
-            fake,
-            [EncodedCompletion([1], [2]), EncodedCompletion([1, 2], [3, 4, 5])],
-            row_length=4,
-        )
+def test_a_row_length_holds_for_every_call_until_a_completion_is_longer():
+    def shapes(items, row_length):
+        batches = scoring.scoring_batches(items, row_length=row_length)
+        return {batch.sequences.tokens.shape for batch in batches}
+
+    calls = [completions(30, seed=n, longest=60) for n in range(20)]
+    lengths = {length for call in calls for _, length in shapes(call, 96)}
+    assert lengths == {96}
+    assert len(set().union(*(shapes(call, 96) for call in calls))) <= 2
+    assert all(length > 96 for _, length in shapes(completions(longest=400), 96))
 
 
 def test_an_empty_sequence_is_an_error():
