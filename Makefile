@@ -8,6 +8,8 @@ TORCH ?= torch==2.13.0
 TORCH_INDEX ?=
 PARITY ?= 1
 PYTEST_ARGS ?=
+# What the tests' installation includes; with docs added here it is one installation less.
+TEST_EXTRAS ?= dev,data,gguf
 RUN_DIR ?= runs/quickstart
 
 BIN := .venv/bin
@@ -57,7 +59,7 @@ benchmarks/.envs/trl/.complete: benchmarks/envs.sh
 
 .venv/.test: pyproject.toml | .venv/bin/python
 	$(if $(PARITY),$(PIP) install "$(TORCH)" $(if $(TORCH_INDEX),--index-url "$(TORCH_INDEX)"))
-	$(PIP) install -e ".[dev,data,gguf]"
+	$(PIP) install -e ".[$(TEST_EXTRAS)]"
 	touch $@ .venv/.core
 
 .venv/.docs: pyproject.toml .venv/.test

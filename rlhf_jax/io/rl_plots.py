@@ -11,6 +11,9 @@ from matplotlib.axes import Axes
 from rlhf_jax.io import plot_style as style
 from rlhf_jax.io.plots import series
 
+_BINS = 12
+"""Means of as many steps each along the KL, where there are more than twice as many
+points."""
 _PANELS = {
     "Reward": {"reward/proxy": "proxy", "reward/gold": "gold"},
     "KL to the reference (nats)": {"policy/kl": "k1", "policy/kl_k3": "k3"},
@@ -92,8 +95,11 @@ def _against_root_kl(axes: Axes, curve: Mapping[str, np.ndarray]) -> None:
         if key not in curve:
             continue
         x, y = root[order], curve[key][order]
-        few = len(x) <= style.LOUD_POINTS
-        axes.plot(x, y, "o-" if few else ".", color=colour, markersize=3.5, alpha=0.8)
+        if len(x) > 2 * _BINS:  # single steps: dots, and a line through means
+            axes.plot(x, y, "o", color=colour, markersize=3, alpha=0.25, mew=0)
+            bins = np.array_split(np.arange(len(x)), _BINS)
+            x, y = (np.array([values[b].mean() for b in bins]) for values in (x, y))
+        axes.plot(x, y, "o-", color=colour, markersize=3.5, alpha=0.8)
         if f"{key}_error" in curve:
             half = curve[f"{key}_error"][order]
             axes.fill_between(x, y - half, y + half, color=colour, alpha=0.15, lw=0)

@@ -3,7 +3,9 @@
 import contextlib
 import dataclasses
 import functools
+import gzip
 import json
+import pathlib
 import types
 
 import jax
@@ -19,6 +21,7 @@ from rlhf_jax.algorithms.sft import sft_objective
 from rlhf_jax.algorithms.update import init_state, make_update
 from rlhf_jax.data.encode import EncodedCompletion, Encoder
 from rlhf_jax.data.tokenizers import save_tokenizer
+from rlhf_jax.evals.verifiable import exact_number
 from rlhf_jax.io.checkpoint import load_params
 from rlhf_jax.models import hf
 from rlhf_jax.models.config import LoraConfig
@@ -500,3 +503,31 @@ def test_unusable_prompts_are_set_aside_and_counted(policy, tmp_path, capsys):
     assert "> 156" in reasons["over_long"]["detail"]
     refused(prompts[1:], "none of 2 rows is left: 1 empty")
     refused(prompts, "empty row", "--rows.empty", "error")
+
+
+# A reward that can be checked.
+
+
+def test_gsm8k_recipe_rewards_exact_answers(test_data, policy, tmp_path, one_device):
+    data = test_data / "data" / "gsm8k.jsonl.gz"
+    config = pathlib.Path(__file__).parents[2] / "configs/rloo/smollm2-135m-gsm8k.yaml"
+    main([
+        "rloo", "--config", str(config), "--model", policy, "--run_dir", str(tmp_path),
+        "--data", f"{data}?split=train&sample=64", "--batch_size", "8",
+        "--eval_data", f"test={data}?split=test&sample=8", "--loop.samples", "32",
+        "--steps", "2", "--sampling.num_samples", "4", "--sampling.max_new_tokens", "8",
+    ])  # fmt: skip
+    with gzip.open(data, "rt") as file:
+        answers = {row["prompt"]: row["answer"] for row in map(json.loads, file)}
+    lines = (tmp_path / "samples.jsonl").read_text().splitlines()
+    samples = [json.loads(line) for line in lines]
+    assert [sample["step"] for sample in samples] == [1] * 32 + [2] * 32
+    for sample in samples:
+        prompt = sample["prompt"]
+        text = prompt if isinstance(prompt, str) else prompt[-1]["content"]
+        wanted = exact_number(sample["completion"], answers[text])
+        assert sample["reward"] == wanted
+    before, first, last = lines_of(tmp_path)
+    rewards = [sample["reward"] for sample in samples if sample["step"] == 1]
+    assert first["reward/proxy"] == pytest.approx(np.mean(rewards))
+    assert 0 <= before["eval/test/proxy"] <= 1 and last["train/update/finite"] == 1
