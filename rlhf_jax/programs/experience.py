@@ -118,7 +118,14 @@ class Texts:
 
 
 def prompt_batch(prompts: Sequence[EncodedPrompt], *, pad_id: int) -> PromptBatch:
-    """Prompts padded on the right to a bucket of the longest."""
+    """Prompts padded on the right to a bucket of the longest.
+
+    Raises:
+        ValueError: a prompt without tokens.
+    """
+    for n, prompt in enumerate(prompts):
+        if not len(prompt.tokens):
+            raise ValueError(f"prompt {n}: expected at least one token, got none")
     length = row_bucket(max(len(p.tokens) for p in prompts))
     tokens = np.full((len(prompts), length), pad_id, np.int32)
     mask: Any = np.zeros((len(prompts), length), bool)

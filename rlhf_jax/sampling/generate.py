@@ -148,6 +148,11 @@ def make_generate(
         raise ValueError(
             f"stop_ids {stop_ids}: expected at least one, each in 0 .. {vocab - 1}"
         )
+    if config.min_new_tokens and len(set(stop_ids)) == vocab:
+        raise ValueError(
+            f"sampling.min_new_tokens {config.min_new_tokens}: every token of the "
+            "vocabulary stops a completion, so there is none to go on with; set it to 0"
+        )
     rules = rules or model.rules
     decoder = model.clone(
         compute=dataclasses.replace(

@@ -49,11 +49,11 @@ class OverOptimisationConfig:
     """Annotator's bias towards flattery, in units of gold reward."""
     sft_steps: int = 600
     """Optimizer steps of the one SFT policy."""
-    reward_steps: int = 400
+    reward_steps: int = 300
     """Optimizer steps of each reward model."""
     steps: int = 60
     """RL steps with the KL penalty."""
-    free_steps: int = 100
+    free_steps: int = 80
     """RL steps without it."""
     kl_coef: float = 0.3
     """Of RLOO with the penalty, in units of the reward."""
@@ -99,7 +99,7 @@ def _reward(
     return reward.RewardConfig(
         run_dir=f"{config.run_dir}/reward-{bias:g}-{seed}",
         model=f"{config.run_dir}/sft",
-        data=[f"testbed:train?size=16000&seed={seed}&flattery_bias={bias}"],
+        data=[f"testbed:train?size=12000&seed={seed}&flattery_bias={bias}"],
         eval_data=[f"id=testbed:val_id?size=400&seed={seed}"],
         batch_size=64,
         steps=config.reward_steps,

@@ -117,6 +117,9 @@ def test_prompts_are_padded_on_the_right():
         np.testing.assert_array_equal(batch.tokens[row, :size], prompt.tokens)
         assert batch.mask[row, :size].all() and not batch.mask[row, size:].any()
         assert (batch.tokens[row, size:] == 9).all()
+    prompts[1].tokens = []
+    with pytest.raises(ValueError, match="prompt 1: expected at least one token"):
+        xp.prompt_batch(prompts, pad_id=9)
 
 
 def test_kl_is_zero_where_no_token_is_whatever_stands_there():

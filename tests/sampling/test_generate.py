@@ -414,3 +414,12 @@ def test_settings_that_cannot_be_are_refused(changes, message):
 def test_stop_tokens_outside_the_vocabulary_are_refused(stops):
     with pytest.raises(ValueError, match=r"stop_ids .*at least one, each in 0 \.\. 60"):
         make_generate(MODELS["small"], BASE, stop_ids=stops)
+
+
+def test_a_vocabulary_of_stop_tokens_has_nothing_to_go_on_with():
+    every = tuple(range(VOCAB))
+    with pytest.raises(ValueError, match="min_new_tokens 2: every token"):
+        config = dataclasses.replace(BASE, min_new_tokens=2)
+        make_generate(MODELS["small"], config, stop_ids=every)
+    config = dataclasses.replace(BASE, min_new_tokens=0)
+    make_generate(MODELS["small"], config, stop_ids=every)
