@@ -136,6 +136,7 @@ def pack_pairs(
     *,
     layout: Layout = "shared",
     row_length: int | None = None,
+    rows: int | None = None,
     rows_multiple_of: int = 1,
     num_pairs: int | None = None,
     pad_id: int = 0,
@@ -151,6 +152,7 @@ def pack_pairs(
             its rows, so this may be lazy.
         layout: "shared", "packed" or "padded".
         row_length: T; None = a bucket of the longest block.
+        rows: B; None = a bucket of those needed.
         rows_multiple_of: slices that the rows and the pair arrays are cut into; must be
             a multiple of process_count.
         num_pairs: length of the pair arrays; filler pairs have weight 0.
@@ -162,7 +164,8 @@ def pack_pairs(
         process_count: the slice to build.
 
     Raises:
-        ValueError: a block does not fit its row; margins on some pairs only.
+        ValueError: a block does not fit its row, or all do not fit `rows`; margins on
+            some pairs only.
     """
     if rows_multiple_of % process_count:
         raise ValueError(
@@ -175,6 +178,7 @@ def pack_pairs(
             np.asarray(lengths, np.int64).reshape(-1, 3),
             layout=layout,
             row_length=row_length,
+            rows=rows,
             rows_multiple_of=rows_multiple_of,
             where=lambda n: pairs[n].where or f"pair {n}",
         )

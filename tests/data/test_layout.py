@@ -262,3 +262,10 @@ def test_every_layout_and_side_gives_the_same_score():
         {"layout": "shared", "rows_multiple_of": 8},
     ):
         np.testing.assert_allclose(scores(**options), expected, atol=1e-4)
+
+
+def test_a_number_of_rows_of_the_users_own_is_kept():
+    batch = pack_pairs(some_pairs(3), row_length=128, rows=7)
+    assert batch.sequences.tokens.shape == (7, 128)
+    with pytest.raises(ValueError, match="rows 1: these blocks need"):
+        pack_pairs(some_pairs(9), layout="packed", row_length=64, rows=1)
