@@ -34,10 +34,11 @@ from rlhf_jax.algorithms.update import init_state, make_evaluate, make_update
 from rlhf_jax.data.encode import EncodedPair
 from rlhf_jax.data.layout import pack_pairs
 from rlhf_jax.io.peak import measured_flops
-from rlhf_jax.models.config import LlamaConfig
+from rlhf_jax.models.config import ComputeConfig, LlamaConfig
 from rlhf_jax.models.flops import train_flops
 from rlhf_jax.models.heads import RewardModel, init_head_model
 from rlhf_jax.models.hf import export_hf
+from rlhf_jax.models.parameters import unrolled
 from rlhf_jax.models.presets import PRESETS
 from rlhf_jax.types import PreferenceBatch
 
@@ -75,8 +76,11 @@ def shape(batch: PreferenceBatch) -> tuple[int, ...]:
 class Ours:
     """Steps of one layout of rlhf_jax, from the same initial parameters."""
 
-    def __init__(self, config: LlamaConfig, params: Any, layout: str) -> None:
-        model = RewardModel(config)
+    def __init__(
+        self, config: LlamaConfig, params: Any, layout: str, scan_layers: bool
+    ) -> None:
+        model = RewardModel(config, ComputeConfig(scan_layers=scan_layers))
+        params = params if scan_layers else unrolled(params)
 
         def apply(params: Any, sequences: Any, score_at: Any, key: Any) -> jax.Array:
             return model.apply({"params": params}, sequences, score_at)
@@ -115,7 +119,9 @@ class Ours:
         return float(self.evaluate(self.state, self.pack(pairs))["loss"].value())
 
 
-def measure(name: str, layouts: list[str], rounds: int, seed: int) -> dict[str, Any]:
+def measure(
+    name: str, layouts: list[str], rounds: int, seed: int, scan_layers: bool
+) -> dict[str, Any]:
     """All figures of one model shape."""
     config, batch_size = PRESETS[name], BATCH_SIZES[name]
     pairs = sample_pairs(batch_size * (rounds + 1), config.vocab_size, seed)
@@ -134,7 +140,8 @@ def measure(name: str, layouts: list[str], rounds: int, seed: int) -> dict[str, 
         }
         trl = Peer("trl_worker.py", job, directory)
         ceiling = {"torch": trl.hello["ceiling"], "xla": measured_flops(2048)}
-        ours = {layout: Ours(config, params, layout) for layout in layouts}
+        ours = {layout: Ours(config, params, layout, scan_layers) for layout in layouts}
+        del params
         compile_s = {layout: side.compile(batches) for layout, side in ours.items()}
         first = {"trl": trl.hello["loss"]}
         first |= {layout: side.loss(batches[0]) for layout, side in ours.items()}
@@ -161,6 +168,7 @@ def measure(name: str, layouts: list[str], rounds: int, seed: int) -> dict[str, 
         "shape": name,
         "pairs": batch_size,
         "rounds": rounds,
+        "scan_layers": scan_layers,
         "seed": seed,
         "machine": f"{platform.machine()}, {trl.hello['threads']} threads",
         "versions": {"jax": jax.__version__, "trl": "1.16"},
@@ -248,11 +256,14 @@ def main() -> None:
     parser.add_argument("--layout", choices=ROW_LENGTH, action="append")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--unrolled", action="store_true", help="compile every layer instead of a scan"
+    )
     args = parser.parse_args()
     require_peer()
     layouts = args.layout or list(ROW_LENGTH)
     for name in args.shape or BATCH_SIZES:
-        report = measure(name, layouts, args.rounds, args.seed)
+        report = measure(name, layouts, args.rounds, args.seed, not args.unrolled)
         show(report, Console(width=110))
         print(json.dumps(report))
 

@@ -33,6 +33,9 @@ PROGRAMS = {
     "reward": Program(
         "rlhf_jax.programs.reward", "RewardConfig", "train a reward model on pairs"
     ),
+    "dpo": Program(
+        "rlhf_jax.programs.dpo", "DpoConfig", "train a policy on pairs, no reward model"
+    ),
     "rloo": Program("rlhf_jax.programs.rloo", "RlooConfig", "train a policy with RLOO"),
     "ppo": Program("rlhf_jax.programs.ppo", "PpoConfig", "train a policy with PPO"),
     "generate": Program(

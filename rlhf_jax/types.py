@@ -5,6 +5,7 @@ Letters, used in every shape of the package:
     Q pairs         S keys, or score slots in a row           G samples per prompt
     L layers        D model width       F feed-forward width  V vocabulary
     N query heads   K key-value heads   H head width          M completions in a batch
+    R prompts with up to K completions each (the only other use of K)
 Masks are bool and True means "counts". Every [B T] array is aligned to tokens: there is
 no array of length T-1. Host code fills these with NumPy arrays, device code with jax
 arrays.
@@ -62,6 +63,38 @@ class PreferenceBatch:
     """Subtracted from the reward difference; None = no margin."""
     soft_label: Float[Array, "Q"] | None = None
     """Probability that the chosen completion is the better one; None = 1."""
+    gap_bound: Float[Array, "Q"] | None = None
+    """Soft upper bound of the reward difference; None = no such column."""
+
+
+PAIR_COLUMNS = ("margin", "soft_label", "gap_bound")
+"""The columns of pairs that a loss or a regularizer takes by name."""
+
+
+@struct.dataclass
+class GroupBatch:
+    """Prompts with up to K completions each, laid out like the pairs of a
+    PreferenceBatch."""
+
+    sequences: Sequences
+    score_at: Int[Array, "B S"]
+    """Column of the last real token of each completion; unused slots hold 0."""
+    members: Int[Array, "R K"]
+    """Index of each completion into the flattened [B*S] rewards."""
+    mask: Bool[Array, "R K"]
+    """True = a completion."""
+    weight: Float[Array, "R"]
+    """Weight of the prompt in the mean; 0 marks a filler prompt."""
+    scores: Float[Array, "R K"] | None = None
+    """Gold scores, higher is better; None = no labels."""
+
+
+@struct.dataclass
+class MetaBatch:
+    """What one step of MetaRM reads."""
+
+    pairs: PreferenceBatch
+    shifted: GroupBatch
 
 
 @struct.dataclass

@@ -59,6 +59,7 @@ class EncodedPair:
     rejected: Ids
     margin: float | None = None
     soft_label: float | None = None
+    gap_bound: float | None = None
     weight: float = 1.0
     where: str = ""
 
@@ -148,6 +149,7 @@ class Encoder:
         *,
         margin: float | None = None,
         soft_label: float | None = None,
+        gap_bound: float | None = None,
         weight: float = 1.0,
         where: str = "",
         tools: list | None = None,
@@ -158,6 +160,7 @@ class Encoder:
             *self.ids(pieces),
             margin=margin,
             soft_label=soft_label,
+            gap_bound=gap_bound,
             weight=weight,
             where=where,
         )

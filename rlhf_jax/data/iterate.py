@@ -23,6 +23,7 @@ import jax
 import numpy as np
 
 from rlhf_jax.data import layout as layouts
+from rlhf_jax.data.kwise import KwiseDataset, pack_kwise
 from rlhf_jax.data.shapes import Shapes, choose_shapes
 from rlhf_jax.data.store import ConversationDataset, Group, PairDataset
 
@@ -123,7 +124,7 @@ class Batches:
 
     def __init__(
         self,
-        dataset: PairDataset | ConversationDataset,
+        dataset: PairDataset | ConversationDataset | KwiseDataset,
         batch_size: int,
         *,
         seed: int = 0,
@@ -142,7 +143,8 @@ class Batches:
     ) -> None:
         """
         Args:
-            dataset: pairs (batches are PreferenceBatch) or conversations (Sequences).
+            dataset: pairs (batches are PreferenceBatch), conversations (Sequences) or
+                K-wise rows (GroupBatch, always of shared rows).
             batch_size: rows of the dataset in a global batch, over all micro-batches.
             seed: see `shuffle`.
             shuffle: the order, see `Order`.
@@ -169,6 +171,8 @@ class Batches:
             )
         if isinstance(dataset, ConversationDataset) and layout == "shared":
             layout = "packed"
+        if isinstance(dataset, KwiseDataset):
+            layout = "shared"
         self.dataset = dataset
         self.batch_size, self.accum_steps = batch_size, accum_steps
         self.layout: Any = layout
@@ -248,14 +252,12 @@ class Batches:
         self, rows: list[int], row_length: int | None, slots: int | None
     ) -> layouts.Plan:
         """The plan of one micro-batch with just the rows it needs."""
-        pairs = isinstance(self.dataset, PairDataset)
-        blocks = self._blocks(rows)
-        step = 2 if pairs and self.layout != "shared" else 1
+        blocks, step = self._blocks(rows), self._per_row
         return layouts.plan_blocks(
             blocks,
             row_length=row_length,
             rows_exact=True,
-            per_block=2 if pairs and self.layout == "shared" else 1,
+            per_block=self._per_block,
             slots=1 if self.layout == "padded" else slots,
             pack=self.layout != "padded",
             where=lambda n: (
@@ -267,12 +269,13 @@ class Batches:
         lengths = self.dataset.lengths[np.asarray(rows, np.int64)]
         if isinstance(self.dataset, PairDataset):
             return layouts.pair_blocks(lengths, self.layout)
-        return lengths
+        return (
+            lengths.sum(axis=1) if isinstance(self.dataset, KwiseDataset) else lengths
+        )
 
     def _fill(self, rows: list[int], plan: layouts.Plan) -> Any:
         where = {
             "plan": plan,
-            "layout": self.layout,
             "rows_multiple_of": self.rows_multiple_of,
             "pad_id": self.dataset.pad_id,
             "process_index": self.process_index,
@@ -280,9 +283,17 @@ class Batches:
         }
         items: Any = _Lazy(self.dataset, rows)
         if isinstance(self.dataset, ConversationDataset):
-            return layouts.pack_conversations(items, **where)
+            return layouts.pack_conversations(items, layout=self.layout, **where)
+        if isinstance(self.dataset, KwiseDataset):
+            return pack_kwise(
+                items,
+                num_completions=self.dataset.num_completions,
+                num_prompts=self.batch_size // self.accum_steps,
+                **where,
+            )
         return layouts.pack_pairs(
             items,
+            layout=self.layout,
             num_pairs=self.batch_size // self.accum_steps,
             side=self.side,
             **where,
@@ -303,14 +314,22 @@ class Batches:
             [self._blocks(rows) for rows in sampled],
             longest=int(blocks.max()),
             mean=float(blocks.mean()),
-            per_block=2 if self.layout == "shared" else 1,
+            per_block=self._per_block,
             row_length=row_length,
             rows_multiple_of=self.rows_multiple_of,
             num_shapes=num_shapes,
         )
 
     @property
+    def _per_block(self) -> int:
+        """Completions that are scored in a block."""
+        if isinstance(self.dataset, KwiseDataset):
+            return self.dataset.num_completions
+        return 2 if self.layout == "shared" else 1
+
+    @property
     def _per_row(self) -> int:
+        """Blocks of a row of the dataset."""
         pairs = isinstance(self.dataset, PairDataset)
         return 2 if pairs and self.layout != "shared" else 1
 

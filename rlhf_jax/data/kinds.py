@@ -1,4 +1,4 @@
-"""The kinds of rows that are prepared: pairs, conversations, prompts.
+"""The kinds of rows that are prepared: pairs, conversations, prompts, K-wise rows.
 
 A `Kind` says what of a row is encoded, which encoded rows are set aside and why, and
 what is kept of the others; `DataConfig` has the limits and policies. `prepare` runs
@@ -6,6 +6,7 @@ them over data.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, Generic, Literal, TypeVar
 
@@ -13,6 +14,7 @@ import numpy as np
 
 from rlhf_jax.data import rows as shapes
 from rlhf_jax.data.encode import Encoder, Pieces
+from rlhf_jax.data.kwise import KwiseDataset
 from rlhf_jax.data.layout import LAYOUTS
 from rlhf_jax.data.rows import Columns
 from rlhf_jax.data.store import (
@@ -22,6 +24,7 @@ from rlhf_jax.data.store import (
     flatten,
     json_bytes,
 )
+from rlhf_jax.types import PAIR_COLUMNS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +35,8 @@ class DataConfig:
     """Chat template: tokenizer (its own; plain text if it has none), plain, or the path
     of a jinja file."""
     columns: Columns = Columns()
-    """Column names; margin, soft_label and weight are used only if named here."""
+    """Column names; margin, soft_label, gap_bound and weight are used only if named
+    here."""
     max_length: int = 1024
     """Tokens of prompt and answer together, at most."""
     max_prompt_length: int | None = None
@@ -75,7 +79,7 @@ class DataConfig:
         return getattr(self, reason)
 
 
-D = TypeVar("D", PairDataset, ConversationDataset, PromptDataset)
+D = TypeVar("D", PairDataset, ConversationDataset, PromptDataset, KwiseDataset)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,7 +156,7 @@ def _pair_arrays(kept: list[Any]) -> dict[str, np.ndarray]:
         "lengths": np.array([len(part) for part in ids], np.int64).reshape(-1, 3),
         "weight": np.array([pair.weight for _, pair in kept], np.float32),
     }
-    for name in ("margin", "soft_label"):
+    for name in PAIR_COLUMNS:
         values = [getattr(pair, name) for _, pair in kept]
         if values and values[0] is not None:
             arrays[name] = np.array(values, np.float32)
@@ -236,6 +240,61 @@ def _prompt_arrays(kept: list[Any]) -> dict[str, np.ndarray]:
     }
 
 
+# K-wise rows, and completions without labels.
+
+
+def _kwise_pieces(
+    row: dict[str, Any], encoder: Encoder, config: DataConfig, *, scored: bool = True
+) -> tuple[list[Pieces], Any]:
+    record = shapes.kwise_row(row, config.columns, scored=scored)
+    prompt = encoder.prompt_pieces(record.prompt, tools=record.tools)
+    answers = [
+        encoder.completion_pieces(record.prompt, response.text, tools=record.tools)
+        for response in record.responses
+    ]
+    return [prompt, *answers], [response.score for response in record.responses]
+
+
+def _check_kwise(
+    ids: list[Any], config: DataConfig
+) -> tuple[list[Any], tuple[str, str] | None]:
+    (prompt, _), *answers = ids
+    for number, (answer, _) in enumerate(answers, 1):
+        if len(answer) < 2:
+            return ids, ("empty", f"response {number} has nothing before its end token")
+    longest = max(len(answer) for answer, _ in answers)
+    problem = _too_long(len(prompt), longest, config)
+    return ids, None if problem is None else ("over_long", problem)
+
+
+def _kwise_arrays(kept: list[Any], *, scored: bool = True) -> dict[str, np.ndarray]:
+    ids = [part for encoded, _ in kept for part, _ in encoded]
+    arrays = {
+        "tokens": flatten(ids),
+        "part_lengths": np.array([len(part) for part in ids], np.int64),
+        "counts": np.array([len(encoded) - 1 for encoded, _ in kept], np.int64),
+    }
+    # `_concatenate` skips specs of which nothing is left by their lengths.
+    arrays["lengths"] = arrays["counts"]
+    if scored:
+        scores = [score for _, record in kept for score in record]
+        arrays["scores"] = np.array(scores, np.float32)
+    return arrays
+
+
+def _kwise_dataset(*, lengths: np.ndarray, **fields: Any) -> KwiseDataset:
+    del lengths
+    return KwiseDataset(**fields)
+
+
+KWISE = Kind("kwise", _kwise_pieces, _check_kwise, _kwise_arrays, _kwise_dataset)
+RESPONSES = Kind(
+    "responses",
+    functools.partial(_kwise_pieces, scored=False),
+    _check_kwise,
+    functools.partial(_kwise_arrays, scored=False),
+    _kwise_dataset,
+)
 PROMPTS = Kind("prompts", _prompt_pieces, _check_prompt, _prompt_arrays, PromptDataset)
 PAIRS = Kind("pairs", _pair_pieces, _check_pair, _pair_arrays, PairDataset)
 CONVERSATIONS = Kind(

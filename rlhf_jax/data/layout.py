@@ -33,7 +33,7 @@ from rlhf_jax.data.plan import (
     plan_pairs,
     row_bucket,
 )
-from rlhf_jax.types import PreferenceBatch, Sequences
+from rlhf_jax.types import PAIR_COLUMNS, PreferenceBatch, Sequences
 
 __all__ = [
     "LAYOUTS",
@@ -296,7 +296,7 @@ def _pair_arrays(
     process_index: int,
     process_count: int,
 ) -> dict[str, Any]:
-    """chosen, rejected, weight, margin, soft_label: one process's slice of pairs."""
+    """chosen, rejected, weight and PAIR_COLUMNS: one process's slice of pairs."""
     count = len(pairs)
     total = count if num_pairs is None else num_pairs
     if total < count:
@@ -320,13 +320,12 @@ def _pair_arrays(
         "chosen": chosen,
         "rejected": rejected,
         "weight": weight,
-        "margin": _column(pairs, "margin", mine, size, filler=0.0),
-        "soft_label": _column(pairs, "soft_label", mine, size, filler=1.0),
+        **{name: _column(pairs, name, mine, size) for name in PAIR_COLUMNS},
     }
 
 
 def _column(
-    pairs: Sequence[EncodedPair], name: str, mine: range, size: int, *, filler: float
+    pairs: Sequence[EncodedPair], name: str, mine: range, size: int
 ) -> np.ndarray | None:
     """A column of all pairs or of none."""
     values = [getattr(pairs[n], name) for n in (mine or range(min(len(pairs), 1)))]
@@ -338,7 +337,7 @@ def _column(
             f"{name}: {sum(absent)} of {len(values)} pairs have none; a column is used "
             "for all pairs or for none"
         )
-    column = np.full(size, filler, np.float32)
+    column = np.ones(size, np.float32)  # filler pairs: any number
     column[: len(mine)] = values[: len(mine)]
     return column
 

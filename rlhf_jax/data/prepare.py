@@ -31,7 +31,17 @@ import numpy as np
 from rlhf_jax.data import sources, specs
 from rlhf_jax.data.cache import Cache
 from rlhf_jax.data.encode import Encoder, Pieces
-from rlhf_jax.data.kinds import CONVERSATIONS, PAIRS, PROMPTS, D, DataConfig, Kind
+from rlhf_jax.data.kinds import (
+    CONVERSATIONS,
+    KWISE,
+    PAIRS,
+    PROMPTS,
+    RESPONSES,
+    D,
+    DataConfig,
+    Kind,
+)
+from rlhf_jax.data.kwise import KwiseDataset
 from rlhf_jax.data.rows import RowError
 from rlhf_jax.data.store import ConversationDataset, Group, PairDataset, PromptDataset
 
@@ -148,6 +158,34 @@ def prepare_prompts(
     A prompt is over-long above max_prompt_length (max_length where that is null).
     """
     return _prepare(PROMPTS, texts, encoder, config, side_file, training)
+
+
+def prepare_kwise(
+    texts: Sequence[str],
+    encoder: Encoder,
+    config: DataConfig = DataConfig(),
+    *,
+    side_file: str | os.PathLike[str] | None = None,
+    training: bool = True,
+    scored: bool = True,
+) -> tuple[KwiseDataset, PrepareReport]:
+    """The K-wise rows of some specs; for the rest see `prepare_pairs`.
+
+    Args:
+        texts: see `prepare_pairs`.
+        encoder: see `prepare_pairs`.
+        config: see `prepare_pairs`.
+        side_file: see `prepare_pairs`.
+        training: see `prepare_pairs`.
+        scored: False takes completions without scores, as policies sample them.
+    """
+    kind = KWISE if scored else RESPONSES
+    if config.over_long == "truncate_prompt":
+        raise ValueError(
+            "rows.over_long: truncate_prompt is for pairs; for K-wise rows set drop or "
+            "error"
+        )
+    return _prepare(kind, texts, encoder, config, side_file, training)
 
 
 def _prepare(

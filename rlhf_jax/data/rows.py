@@ -7,7 +7,7 @@
     kwise         prompt + responses: [{text, score or gold}, ...]
     prompt        prompt alone
 
-Column names come from `Columns`. Margins, soft labels and weights are used only where
+Column names come from `Columns`. Margins, soft labels, bounds and weights are used only where
 the config names their column: a data set's own `strength` may be the gold label. A row
 that does not fit raises `RowError` with its kind (malformed or empty); the reader knows
 file and line.
@@ -41,6 +41,9 @@ class Columns:
     """Number subtracted from the reward difference of a pair."""
     soft_label: str | None = None
     """Probability in [0, 1] that chosen is the better one."""
+    gap_bound: str | None = None
+    """Upper bound of the reward difference of a pair, for the bounded_gap
+    regularizer."""
     weight: str | None = None
     """Weight >= 0 of a pair in the mean."""
 
@@ -62,6 +65,7 @@ class PairRow:
     rejected: str
     margin: float | None = None
     soft_label: float | None = None
+    gap_bound: float | None = None
     weight: float = 1.0
     tools: list | None = None
 
@@ -143,6 +147,7 @@ def pair_row(row: dict[str, Any], columns: Columns = Columns()) -> PairRow:
         rejected=_answer(rejected, columns.rejected),
         margin=_number(row, columns.margin),
         soft_label=_number(row, columns.soft_label, low=0.0, high=1.0),
+        gap_bound=_number(row, columns.gap_bound),
         weight=_weight(row, columns.weight),
         tools=_tools(row, columns),
     )
@@ -179,10 +184,13 @@ def conversation_row(
     return ConversationRow(prompt, answer, None, _tools(row, columns))
 
 
-def kwise_row(row: dict[str, Any], columns: Columns = Columns()) -> KwiseRow:
+def kwise_row(
+    row: dict[str, Any], columns: Columns = Columns(), *, scored: bool = True
+) -> KwiseRow:
     """The prompt of a row and at least two answers with a score.
 
-    Each answer has `text` and a finite `score` (or `gold`).
+    Each answer has `text` and a finite `score` (or `gold`). Where `scored` is False it
+    may be the bare text, and a score is not read (0).
 
     Raises:
         RowError: see `pair_row`.
@@ -193,15 +201,16 @@ def kwise_row(row: dict[str, Any], columns: Columns = Columns()) -> KwiseRow:
         raise RowError(f"{name}: expected two answers or more, got {describe(items)}")
     responses = []
     for n, item in enumerate(items):
+        if not scored and isinstance(item, str):
+            item = {"text": item}
         if not isinstance(item, dict):
             raise RowError(f"{name} {n + 1}: expected an object, got {describe(item)}")
         score = "score" if "score" in item else "gold"
         text = _answer(
             _required(item, "text", f"{name} {n + 1}, text"), f"{name} {n + 1}"
         )
-        responses.append(
-            Response(text, _finite(item.get(score), f"{name} {n + 1}, score"))
-        )
+        value = _finite(item.get(score), f"{name} {n + 1}, score") if scored else 0.0
+        responses.append(Response(text, value))
     prompt = _prompt(_required(row, columns.prompt, "prompt"))
     return KwiseRow(prompt, responses, _tools(row, columns))
 

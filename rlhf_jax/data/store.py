@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from rlhf_jax.data.encode import EncodedConversation, EncodedPair, EncodedPrompt
+from rlhf_jax.types import PAIR_COLUMNS
 
 Group = tuple[int, int, float]
 """(first row, row after the last, weight) of one part of a mixture."""
@@ -32,6 +33,7 @@ class PairDataset:
     """Number of each row in its source, before rows were set aside; -1 if unknown."""
     margin: np.ndarray | None = None
     soft_label: np.ndarray | None = None
+    gap_bound: np.ndarray | None = None
     weight: np.ndarray | None = None
     groups: tuple[Group, ...] = ()
     """Parts with weights; () = one part, rows in equal measure."""
@@ -51,8 +53,10 @@ class PairDataset:
             lengths=np.array([len(part) for part in parts], np.int64).reshape(-1, 3),
             where=[pair.where for pair in pairs],
             source_row=np.full(len(pairs), -1, np.int64),
-            margin=_column([pair.margin for pair in pairs], "margin"),
-            soft_label=_column([pair.soft_label for pair in pairs], "soft_label"),
+            **{
+                name: _column([getattr(pair, name) for pair in pairs], name)
+                for name in PAIR_COLUMNS
+            },
             weight=np.array([pair.weight for pair in pairs], np.float32),
             pad_id=pad_id,
         )
@@ -69,8 +73,11 @@ class PairDataset:
             prompt=self.tokens[start:a],
             chosen=self.tokens[a:b],
             rejected=self.tokens[b:c],
-            margin=None if self.margin is None else float(self.margin[row]),
-            soft_label=None if self.soft_label is None else float(self.soft_label[row]),
+            **{
+                name: None if column is None else float(column[row])
+                for name in PAIR_COLUMNS
+                for column in [getattr(self, name)]
+            },
             weight=1.0 if self.weight is None else float(self.weight[row]),
             where=self.where[row],
         )

@@ -62,8 +62,37 @@ class RewardModel(nn.Module):
                 slots point at is scored too and must be ignored.
             deterministic: False draws dropout masks from the rng named "dropout".
         """
-        hidden = self.backbone(sequences, deterministic=deterministic)
-        return self.head(jnp.take_along_axis(hidden, score_at[:, :, None], axis=1))
+        _, after = self.states(sequences, score_at, deterministic=deterministic)
+        return self.head(after)
+
+    def states(
+        self,
+        sequences: Sequences,
+        score_at: Int[Array, "B S"],
+        *,
+        deterministic: bool = True,
+    ) -> tuple[Float[Array, "B S D"], Float[Array, "B S D"]]:
+        """Hidden states at the scored tokens, before and after the final norm.
+
+        Args:
+            sequences: see `__call__`.
+            score_at: see `__call__`.
+            deterministic: see `__call__`.
+        """
+        hidden = self.backbone(sequences, deterministic=deterministic, normalise=False)
+        before = jnp.take_along_axis(hidden, score_at[:, :, None], axis=1)
+        return before, self.backbone.final_norm(before)
+
+    def rewards_and_states(
+        self,
+        sequences: Sequences,
+        score_at: Int[Array, "B S"],
+        *,
+        deterministic: bool = True,
+    ) -> tuple[Float[Array, "B S"], Float[Array, "B S D"], Float[Array, "B S D"]]:
+        """(rewards, states before the final norm, after it); see `states`."""
+        before, after = self.states(sequences, score_at, deterministic=deterministic)
+        return self.head(after), before, after
 
 
 class ValueModel(nn.Module):

@@ -267,11 +267,14 @@ class Llama(nn.Module):
         *,
         cache: KVCache | decode_lib.DecodeCache | None = None,
         deterministic: bool = True,
+        normalise: bool = True,
     ) -> Any:
         """Hidden states [B T D] after the final norm, in the compute dtype.
 
         Args:
             sequences: tokens and their visibility.
+            normalise: False leaves the final norm to the caller, who then applies
+                `final_norm` to the states it needs.
             cache: if given, the tokens continue it; returns (hidden, new cache). A
                 DecodeCache takes one token a row.
             deterministic: False draws dropout masks from the rng named "dropout".
@@ -293,7 +296,7 @@ class Llama(nn.Module):
         x = self.embed(sequences.tokens, self.compute.dtype)
         x = constrain(x, self.rules, "batch", "sequence", "activation_embed")
         x, cache = self._run_layers(x, self._layer_keys(deterministic), context, cache)
-        hidden = self.final_norm(x)
+        hidden = self.final_norm(x) if normalise else x
         return hidden if cache is None else (hidden, cache)
 
     def _run_layers(

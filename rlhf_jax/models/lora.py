@@ -125,7 +125,7 @@ def split_params(
 
     def trained(path: tuple[str, ...]) -> bool:
         adapter = trainable == "lora" and path[-1] in _ADAPTERS
-        return trainable == "all" or adapter or path[0] == "head"
+        return trainable == "all" or adapter or path[0] in ("head", "prototypes")
 
     flat = traverse_util.flatten_dict(params)
     if trainable == "lora" and not any(path[-1] in _ADAPTERS for path in flat):

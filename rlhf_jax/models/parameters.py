@@ -20,6 +20,7 @@ AXES: dict[str, tuple[str | None, ...]] = {
     "lm_head/kernel": ("embed", "vocab"),
     "final_norm/scale": (None,),
     "head/kernel": (None,),
+    "prototypes/kernel": (None, "embed"),
     "attention_norm/scale": (None,),
     "mlp_norm/scale": (None,),
     "attention/q/kernel": ("embed", "heads", "head_dim"),

@@ -165,7 +165,7 @@ def _print_row(
         pair = dataset[n]
         numbers = [
             f"{name} {value:g}"
-            for name in ("margin", "soft_label", "weight")
+            for name in ("margin", "soft_label", "gap_bound", "weight")
             if (value := getattr(pair, name)) is not None
         ]
         console.print(

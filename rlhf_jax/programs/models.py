@@ -247,6 +247,7 @@ def _run(source: Source, model: Any, where: Where, step: int | None) -> Any:
     run, path = source.run, source.path
     assert run is not None and path is not None
     params = checkpoint.load_params(path, step=step, shardings=where)
+    params.pop("prototypes", None)  # of a contrastive term: no part of the model
     if run.base is not None:
         compute = dataclasses.replace(model.compute, scan_layers=run.scan_layers)
         bare = _MODULES[run.kind](run.config, compute, LoraConfig(), model.rules)

@@ -2,10 +2,12 @@
 
 Read `run` from top to bottom: model, data, objective, update, loop. A new pairwise loss
 is `--loss package.module:function`, a whole objective `--objective
-package.module:function`.
+package.module:function`. With `--loss plackett_luce` the training rows are K-wise; the
+evaluation rows are pairs always.
 """
 
 import dataclasses
+import functools
 import pathlib
 from collections.abc import Callable
 from typing import Any, Literal
@@ -13,19 +15,28 @@ from typing import Any, Literal
 import jax
 
 from rlhf_jax import config as configs
+from rlhf_jax.algorithms.contrastive import (
+    ContrastiveConfig,
+    contrastive_objective,
+    init_prototypes,
+    make_contrast,
+)
 from rlhf_jax.algorithms.optimizer import OptimizerConfig
-from rlhf_jax.algorithms.reward_model import reward_apply, reward_objective
+from rlhf_jax.algorithms.reward_model import (
+    over_micro_batches,
+    ranking_objective,
+    reward_apply,
+    reward_objective,
+    reward_states_apply,
+)
 from rlhf_jax.algorithms.update import Objective
 from rlhf_jax.data import prepare
 from rlhf_jax.data.prepare import DataConfig
-from rlhf_jax.losses import preference
 from rlhf_jax.models.config import ComputeConfig, LoraConfig
-from rlhf_jax.programs import training
+from rlhf_jax.programs import objectives, training
 from rlhf_jax.programs.models import load_reward_model
 from rlhf_jax.programs.supervised import LoopConfig
-from rlhf_jax.sharding import MeshConfig
-
-LOSSES = {"bradley_terry": preference.bradley_terry}
+from rlhf_jax.sharding import MeshConfig, batch_devices
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,8 +52,15 @@ class RewardConfig:
     eval_data: list[str] = dataclasses.field(default_factory=list)
     """Evaluation pairs as NAME=SPEC; repeat for several sets."""
     loss: str = "bradley_terry"
-    """Loss of a pair: bradley_terry, or package.module:function of (chosen_rewards [Q],
-    rejected_rewards [Q]) -> [Q]."""
+    """Loss of a pair, NAME[?OPTION=VALUE&...]: bradley_terry (label_smoothing), hinge
+    (min_gap), normalised (eps), direct, scaled_bradley_terry, rao_kupper (log_theta);
+    plackett_luce on K-wise rows; or package.module:function of (chosen_rewards [Q], rejected_rewards [Q]) -> [Q]."""
+    regularizers: list[str] = dataclasses.field(default_factory=list)
+    """Added to the loss, COEFFICIENT*NAME[?OPTION=VALUE&...]: batch_sum_to_zero (scale,
+    num_groups), centring, squared_rewards, bounded_gap (bound); or
+    package.module:function of (chosen_rewards, rejected_rewards, weight) -> [Q]."""
+    contrastive: ContrastiveConfig = ContrastiveConfig()
+    """A contrastive term between two dropout views of each batch."""
     objective: str | None = None
     """package.module:function of (apply) -> objective, instead of `loss`."""
     batch_size: int = 64
@@ -73,29 +91,84 @@ class RewardConfig:
 
     def __post_init__(self) -> None:
         training.check_common(self)
-        if self.objective is None and self.loss not in LOSSES and ":" not in self.loss:
+        if self.objective is not None:
+            if self.loss != "bradley_terry" or self.regularizers or self.contrasts:
+                raise ValueError(
+                    "objective: stands for loss, regularizers and contrastive; give it "
+                    "alone, or leave it out"
+                )
+            return
+        if self.ranks:
+            if self.regularizers or self.contrasts:
+                raise ValueError(
+                    "loss plackett_luce: ranks K-wise rows; regularizers and "
+                    "contrastive are for pairs, leave them out"
+                )
+            return
+        if self.contrasts and not (self.compute.dropout or self.lora.dropout):
             raise ValueError(
-                f"loss {self.loss!r}: expected {', '.join(LOSSES)} or "
-                "package.module:function"
+                f"contrastive.kind {self.contrastive.kind}: without dropout the two "
+                "views are the same; set compute.dropout (the paper's is 0.05)"
             )
+        if self.contrasts and self.batch_size < 2:
+            raise ValueError(
+                f"contrastive.kind {self.contrastive.kind}: the other pairs of the batch "
+                f"are the negatives, and batch_size is {self.batch_size}; use 2 or more"
+            )
+        objectives.check(
+            self.loss,
+            self.regularizers,
+            columns=vars(self.rows.columns),
+            batch_size=self.batch_size,
+        )
+
+    @property
+    def contrasts(self) -> bool:
+        """Whether there is a contrastive term."""
+        return self.contrastive.kind != "none"
+
+    @property
+    def ranks(self) -> bool:
+        """Whether the training rows are K-wise."""
+        return self.objective is None and self.loss == "plackett_luce"
+
+    @property
+    def couples(self) -> bool:
+        """Whether the objective must see the whole batch at once."""
+        coupled = any(map(objectives.couples, self.regularizers))
+        return self.objective is None and (self.contrasts or coupled)
 
 
 def run(config: RewardConfig) -> pathlib.Path:
     """Trains, or goes on training; returns the run directory."""
     sets = configs.parse_named(config.eval_data, "--eval_data")
-    make_objective = _objective(config)
+    custom = config.objective and configs.load_function(config.objective, "--objective")
     with training.opened(config) as (run_dir, mesh):
+        key = jax.random.key(config.seed)
         model, params, tokenizer = load_reward_model(
-            config.model,
-            compute=config.compute,
-            lora=config.lora,
-            mesh=mesh,
-            key=jax.random.key(config.seed),
+            config.model, compute=config.compute, lora=config.lora, mesh=mesh, key=key
         )
         encoder = prepare.make_encoder(tokenizer, config.rows)
         data = training.prepare_sets(
-            prepare.prepare_pairs, config, sets, encoder, run_dir
+            prepare.prepare_pairs,
+            config,
+            sets,
+            encoder,
+            run_dir,
+            prepare_train=prepare.prepare_kwise if config.ranks else None,
         )
+        if count := config.contrastive.prototypes:
+            width = model.config.hidden_size
+            fresh = init_prototypes(count, width, jax.random.fold_in(key, 1))
+            params = params | {"prototypes": fresh}
+        make_objective = custom or _make_objective(config, batch_devices(mesh))
+        plain = reward_apply(model, deterministic=True)
+
+        def objective(deterministic: bool, stacked: bool = False) -> Objective:
+            apply = reward_apply if not config.contrasts else reward_states_apply
+            applied = apply(model, deterministic=deterministic)
+            return make_objective(over_micro_batches(applied) if stacked else applied)
+
         training.train(
             config,
             run_dir=run_dir,
@@ -106,19 +179,46 @@ def run(config: RewardConfig) -> pathlib.Path:
             kind="reward",
             trainable="lora" if config.lora.rank else config.train_only,
             data=data,
-            make_objective=lambda deterministic: make_objective(
-                reward_apply(model, deterministic=deterministic)
-            ),
+            make_objective=objective,
             headline="accuracy",
+            coupled=functools.partial(objective, stacked=True)
+            if config.couples
+            else None,
+            evaluated=_evaluated(config, plain, batch_devices(mesh)),
         )
     return run_dir
 
 
-def _objective(config: RewardConfig) -> Callable[[Any], Objective]:
-    """apply -> objective, from --objective or --loss."""
-    if config.objective is not None:
-        return configs.load_function(config.objective, "--objective")
-    loss = LOSSES.get(config.loss)
-    if loss is None:
-        loss = configs.load_function(config.loss, "--loss")
-    return lambda apply: reward_objective(apply, loss=loss)
+def _evaluated(
+    config: RewardConfig, apply: Callable[..., Any], devices: int
+) -> Objective | None:
+    """What evaluation sets are judged by; None = as in training."""
+    if config.ranks:
+        return reward_objective(apply)
+    if config.contrasts:
+        return reward_objective(apply, **_terms(config, devices))
+    return None
+
+
+def _terms(config: RewardConfig, devices: int) -> dict[str, Any]:
+    return objectives.parts(
+        config.loss, config.regularizers, devices=devices * config.accum_steps
+    )
+
+
+def _make_objective(
+    config: RewardConfig, devices: int
+) -> Callable[[Callable[..., Any]], Objective]:
+    """apply -> objective, from loss, regularizers and the contrastive term."""
+    if config.ranks:
+        return ranking_objective
+    terms = _terms(config, devices)
+    if not config.contrasts:
+        return functools.partial(reward_objective, **terms)
+    return functools.partial(
+        contrastive_objective,
+        contrast=make_contrast(config.contrastive),
+        coefficient=config.contrastive.weight,
+        differences=config.contrastive.differences,
+        **terms,
+    )

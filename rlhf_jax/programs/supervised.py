@@ -150,7 +150,8 @@ def supervise(
         for step in range(start + 1, steps + 1):
             batch, next_row = next(stream)
             state, metrics = update(state, put(batch), key)
-            report.push(step, metrics, _tokens(batch), flops(_sequences(batch)))
+            rows = _sequences(batch)
+            report.push(step, metrics, sum(map(_tokens, rows)), sum(map(flops, rows)))
             cursor.next_row = next_row
             stop = stopping() is not None
             if best and eval_sets and (step % eval_every == 0 or step == steps):
@@ -299,12 +300,14 @@ class _Reporter:
             )
 
 
-def _sequences(batch: Batch) -> Sequences:
-    return batch if isinstance(batch, Sequences) else batch.sequences
+def _sequences(batch: Batch) -> list[Sequences]:
+    """All rows of tokens in a batch, wherever they are in it."""
+    leaves = jax.tree.leaves(batch, is_leaf=lambda x: isinstance(x, Sequences))
+    return [leaf for leaf in leaves if isinstance(leaf, Sequences)]
 
 
-def _tokens(batch: Batch) -> int:
-    return int(np.count_nonzero(_sequences(batch).segment))
+def _tokens(rows: Sequences) -> int:
+    return int(np.count_nonzero(rows.segment))
 
 
 @contextlib.contextmanager

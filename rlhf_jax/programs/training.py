@@ -36,6 +36,8 @@ from rlhf_jax.sharding import batch_devices, make_mesh
 from rlhf_jax.types import Sequences
 
 TRAIN_ONLY = ("all", "head")
+REFERENCE = "reference"
+"""Where an objective finds the parameters of a frozen reference model."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,6 +108,8 @@ def prepare_sets(
     sets: dict[str, str],
     encoder: Encoder,
     run_dir: pathlib.Path,
+    *,
+    prepare_train: Callable[..., tuple[Any, PrepareReport]] | None = None,
 ) -> Data:
     """Training and evaluation rows; says what became of every row.
 
@@ -117,13 +121,15 @@ def prepare_sets(
         sets: evaluation specs by name.
         encoder: the one encode path.
         run_dir: of the run.
+        prepare_train: for training rows of another kind than the evaluation rows.
     """
     prepared = {}
     for name, texts in {
         "train": config.data,
         **{k: [v] for k, v in sets.items()},
     }.items():
-        prepared[name], account = prepare(
+        read = (prepare_train or prepare) if name == "train" else prepare
+        prepared[name], account = read(
             texts,
             encoder,
             config.rows,
@@ -146,6 +152,10 @@ def train(
     data: Data,
     make_objective: Callable[[bool], Objective],
     headline: str,
+    coupled: Callable[[bool], Objective] | None = None,
+    evaluated: Objective | None = None,
+    batches: Callable[[int], Any] | None = None,
+    reference: Any = None,
 ) -> None:
     """Compiles, trains, evaluates, saves and reports.
 
@@ -161,6 +171,13 @@ def train(
         data: prepared rows.
         make_objective: deterministic -> objective.
         headline: metric of the first evaluation set that names the best checkpoint.
+        coupled: deterministic -> objective over stacked micro-batches, in place of
+            accumulating: for objectives that couple the examples of a batch.
+        evaluated: objective of the evaluation sets; None = `make_objective(True)`.
+        batches: start row -> iterator of (host batch, next row); None = `stream` of the
+            training rows.
+        reference: parameters that the objective reads at REFERENCE and that are neither
+            trained nor saved; None = none.
     """
     trained, frozen = lora.split_params(params, trainable)
     steps = config.steps or math.ceil(
@@ -168,12 +185,16 @@ def train(
     )
     schedule = make_schedule(config.optimizer, steps)
     tx = make_optimizer(config.optimizer, schedule)
-    state = sharded.create_state(trained, tx, mesh, frozen=frozen)
+    read = frozen if reference is None else frozen | {REFERENCE: reference}
+    state = sharded.create_state(trained, tx, mesh, frozen=read)
     drops = bool(config.compute.dropout or config.lora.dropout)
-    update = sharded.compile_update(
-        make_objective(not drops), tx, state, accum_steps=config.accum_steps
-    )
-    evaluate = sharded.compile_evaluate(make_objective(True), state)
+    if coupled is not None and config.accum_steps > 1:
+        update = sharded.compile_update(coupled(not drops), tx, state)
+    else:
+        update = sharded.compile_update(
+            make_objective(not drops), tx, state, accum_steps=config.accum_steps
+        )
+    evaluate = sharded.compile_evaluate(evaluated or make_objective(True), state)
     save_architecture(run_dir, config, kind, model, tokenizer, complete=not frozen)
     first = next(iter(data.evals), None)
     best = config.loop.best or (first and f"eval/{first}/{headline}")
@@ -197,7 +218,8 @@ def train(
             state=state,
             update=update,
             evaluate=evaluate,
-            batches=lambda start: stream(config, data.train, mesh, start_row=start),
+            batches=batches
+            or (lambda start: stream(config, data.train, mesh, start_row=start)),
             eval_sets={
                 name: eval_batches(config, dataset, mesh)
                 for name, dataset in data.evals.items()

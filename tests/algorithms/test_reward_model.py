@@ -80,7 +80,7 @@ def test_column_the_loss_does_not_take_is_an_error():
     def plain_loss(chosen, rejected):
         return jax.nn.softplus(rejected - chosen)
 
-    with pytest.raises(ValueError, match="carries margin but the loss 'plain_loss'"):
+    with pytest.raises(ValueError, match="carries margin, for which 'plain_loss' have"):
         reward_objective(toy_apply, loss=plain_loss)(
             PARAMS, toy_batch(margin=jnp.ones(2)), KEY
         )

@@ -1,0 +1,161 @@
+"""Pairs from pairs and from completions: filters and augmentations on rows.
+
+Every function takes and gives rows {"prompt", "chosen", "rejected", ...} and says what
+became of those it leaves out.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+Row = dict[str, Any]
+OFF_PROMPT = 4
+"""RRM pairs each own completion with as many completions of other prompts."""
+
+
+def consensus(
+    rows: Sequence[Mapping[str, Any]], first: np.ndarray, second: np.ndarray
+) -> tuple[list[Row], int]:
+    """(the pairs whose labels two independent sources confirm, how many were left out).
+
+    Args:
+        rows: pairs.
+        first: [Q] gaps r_chosen - r_rejected, or +1 / -1 votes, of one source.
+        second: [Q] of the other.
+
+    A pair is kept where both signs agree; where both say that the label is wrong it is
+    swapped. A tie agrees with nothing.
+
+    Source: Zhang et al. 2025, arXiv:2501.07301 (lessons on process reward models),
+    which keeps a sample only if Monte Carlo estimate and judge agree.
+    """
+    signs = np.sign(np.asarray(first)), np.sign(np.asarray(second))
+    if not len(rows) == len(signs[0]) == len(signs[1]):
+        raise ValueError(
+            f"consensus: {len(rows)} rows, {len(signs[0])} and {len(signs[1])} votes; "
+            "expected one of each for every row"
+        )
+    kept = []
+    for row, a, b in zip(rows, *signs, strict=True):
+        if a == b != 0:
+            kept.append(dict(row) if a > 0 else swapped(row))
+    return kept, len(rows) - len(kept)
+
+
+def swapped(row: Mapping[str, Any]) -> Row:
+    """The pair with chosen and rejected exchanged."""
+    return dict(row) | {"chosen": row["rejected"], "rejected": row["chosen"]}
+
+
+def new_over_old(
+    prompts: Sequence[Any],
+    new: Sequence[str],
+    old: Sequence[str],
+    new_rewards: np.ndarray,
+    old_rewards: np.ndarray,
+) -> tuple[list[Row], int]:
+    """(pairs that prefer the new policy's completion to the old one's, left out).
+
+    A pair is left out where the two texts are the same, or r_new - r_old <= -eps with
+    eps the standard deviation of the old rewards: there the reward model is sure that
+    the policy got worse.
+
+    Args:
+        prompts: [Q].
+        new: completions of the new policy, [Q].
+        old: of the one before, [Q].
+        new_rewards: [Q] under the reward model that trained the new policy.
+        old_rewards: [Q].
+
+    Source: arXiv:2506.06292 (Mutual-Taught), M-step.
+    """
+    new_rewards, old_rewards = np.asarray(new_rewards), np.asarray(old_rewards)
+    sizes = {len(x) for x in (prompts, new, old, new_rewards, old_rewards)}
+    if len(sizes) != 1:
+        raise ValueError(
+            f"new_over_old: expected one of everything for each prompt, got lengths "
+            f"{sorted(sizes)}"
+        )
+    eps = float(old_rewards.std())
+    kept = [
+        {"prompt": prompt, "chosen": better, "rejected": worse}
+        for prompt, better, worse, gap in zip(
+            prompts, new, old, new_rewards - old_rewards, strict=True
+        )
+        if better != worse and gap > -eps
+    ]
+    return kept, len(prompts) - len(kept)
+
+
+def off_prompt(rows: Sequence[Mapping[str, Any]], *, seed: int = 0) -> list[Row]:
+    """RRM's augmentation: the rows themselves, and pairs with completions of other
+    prompts, which teach that an answer must be to its prompt.
+
+    For each row two other rows j, k with other prompts are drawn. Their four
+    completions are off-prompt for this one:
+
+        8 pairs    each of its own two completions over each of the four
+        6 pairs    the four among each other, neutral: soft_label 0.5
+
+    Every row gets a `soft_label` column (1 for the originals and the eight) and
+    `augmentation`: "none", "off-prompt" or "neutral".
+
+    Args:
+        rows: pairs, with at least three different prompts.
+        seed: of the draws.
+
+    Raises:
+        ValueError: fewer than three prompts, or rows with a soft_label already.
+
+    Source: Liu et al. 2024, arXiv:2409.13156 (RRM). Differs from the released code,
+    which allows j = i.
+    """
+    keys = [json.dumps(row["prompt"], sort_keys=True) for row in rows]
+    if len(set(keys)) < 3:
+        raise ValueError(
+            f"off_prompt: {len(set(keys))} different prompts; expected at least 3, to "
+            "draw two others for each"
+        )
+    if any("soft_label" in row for row in rows):
+        raise ValueError(
+            "off_prompt: the rows have a column 'soft_label' already; rename it: it is "
+            "not overwritten"
+        )
+    rng = np.random.default_rng(seed)
+    made: list[Row] = []
+    for index, row in enumerate(rows):
+        others = _others(index, keys, rng)
+        texts = [rows[n][side] for n in others for side in ("chosen", "rejected")]
+        made.append(dict(row) | {"soft_label": 1.0, "augmentation": "none"})
+        for own in ("chosen", "rejected"):
+            for text in texts:
+                made.append(_pair(row, row[own], text, 1.0, "off-prompt"))
+        for a in range(OFF_PROMPT):
+            for b in range(a + 1, OFF_PROMPT):
+                made.append(_pair(row, texts[a], texts[b], 0.5, "neutral"))
+    # A text that two prompts share would be preferred to itself.
+    return [row for row in made if row["chosen"] != row["rejected"]]
+
+
+def _others(index: int, keys: Sequence[str], rng: np.random.Generator) -> list[int]:
+    """Two rows with prompts that differ from this one's and from each other's."""
+    found: list[int] = []
+    while len(found) < 2:
+        n = int(rng.integers(len(keys)))
+        if keys[n] not in {keys[index], *(keys[m] for m in found)}:
+            found.append(n)
+    return found
+
+
+def _pair(
+    row: Mapping[str, Any], chosen: Any, rejected: Any, soft_label: float, kind: str
+) -> Row:
+    return {
+        "prompt": row["prompt"],
+        "chosen": chosen,
+        "rejected": rejected,
+        "soft_label": soft_label,
+        "augmentation": kind,
+    }

@@ -1,0 +1,222 @@
+"""Losses and regularizers by name: `[COEFFICIENT*]NAME[?OPTION=VALUE[&OPTION=VALUE]]`.
+
+    hinge?min_gap=0.5
+    1e-3*batch_sum_to_zero?scale=official&num_groups=devices
+    my_package.losses:focal?gamma=2
+
+NAME is a function of `losses.preference` or `losses.regularizers`, or
+package.module:function; the options are its keyword-only numbers and words. `resolve`
+makes the function of a text, `check` does so without a mesh, before anything is loaded.
+"""
+
+import difflib
+import functools
+import inspect
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, get_args, get_origin
+
+from rlhf_jax import config as configs
+from rlhf_jax.losses import preference, regularizers
+from rlhf_jax.types import PAIR_COLUMNS
+
+LOSSES: dict[str, Callable[..., Any]] = {
+    function.__name__: function
+    for function in (
+        preference.bradley_terry,
+        preference.hinge,
+        preference.normalised,
+        preference.direct,
+        preference.scaled_bradley_terry,
+        preference.rao_kupper,
+    )
+}
+REGULARIZERS: dict[str, Callable[..., Any]] = {
+    function.__name__: function
+    for function in (
+        regularizers.batch_sum_to_zero,
+        regularizers.centring,
+        regularizers.squared_rewards,
+        regularizers.bounded_gap,
+    )
+}
+COUPLED = (regularizers.batch_sum_to_zero,)
+"""Regularizers whose value depends on all pairs of a batch."""
+
+
+def loss(text: str) -> Callable[..., Any]:
+    """The loss that a text names, with its options filled in.
+
+    Raises:
+        ValueError: the text does not follow the grammar, or an unknown name or option,
+            with the nearest known one.
+    """
+    coefficient, function = _resolve(text, "loss", LOSSES, {})
+    if coefficient != 1.0:
+        raise ValueError(f"loss {text!r}: a loss has no coefficient; drop it")
+    return function
+
+
+def regularizer(text: str, *, devices: int = 1) -> tuple[Callable[..., Any], float]:
+    """(function, coefficient) of a text; the word `devices` as an option's value is the
+    number of devices and micro-batches that a batch is cut into.
+
+    Raises:
+        ValueError: see `loss`.
+    """
+    words = {"devices": devices}
+    coefficient, function = _resolve(text, "regularizers", REGULARIZERS, words)
+    return function, coefficient
+
+
+def parts(
+    loss_text: str, regularizer_texts: Sequence[str], *, devices: int = 1
+) -> dict[str, Any]:
+    """The arguments `loss` and `regularizers` of `reward_model.reward_objective`."""
+    return {
+        "loss": loss(loss_text),
+        "regularizers": [regularizer(t, devices=devices) for t in regularizer_texts],
+    }
+
+
+def couples(text: str) -> bool:
+    """Whether a regularizer needs the whole batch at once: the named ones that do, and
+    every function of the user's own."""
+    function, _ = regularizer(text)
+    inner = getattr(function, "func", function)
+    return inner in COUPLED or inner not in REGULARIZERS.values()
+
+
+def check(
+    loss_text: str,
+    regularizer_texts: Sequence[str],
+    *,
+    columns: Mapping[str, str | None],
+    batch_size: int,
+) -> None:
+    """Refuses names, options and combinations that cannot work.
+
+    Args:
+        loss_text: see `loss`.
+        regularizer_texts: see `regularizer`.
+        columns: the names of the data's pair columns, None = not used.
+        batch_size: pairs in a step.
+
+    Raises:
+        ValueError: says which of them, and what to do.
+    """
+    functions = [loss(loss_text), *(regularizer(t)[0] for t in regularizer_texts)]
+    for name in PAIR_COLUMNS:
+        parameters = [inspect.signature(f).parameters for f in functions]
+        takes = [p for p in parameters if name in p or _takes_all(p)]
+        if columns[name] is not None and not takes:
+            raise ValueError(
+                f"rows.columns.{name} {columns[name]!r}: neither loss {loss_text!r} nor "
+                "a regularizer uses it; take the column out, or choose one that does"
+            )
+        needed = [p[name] for p in takes if name in p]
+        if columns[name] is None and any(p.default is p.empty for p in needed):
+            raise ValueError(
+                f"loss {loss_text!r}: needs the column {name}; name it with "
+                f"--rows.columns.{name}"
+            )
+    coupled = [text for text in regularizer_texts if couples(text)]
+    if coupled and batch_size < 2:
+        raise ValueError(
+            f"regularizers {coupled[0]!r}: couples the pairs of a batch, and batch_size "
+            f"is {batch_size}; use at least 2, or centring, which is what it would be"
+        )
+
+
+def _resolve(
+    text: str,
+    flag: str,
+    known: Mapping[str, Callable[..., Any]],
+    words: Mapping[str, int],
+) -> tuple[float, Callable[..., Any]]:
+    match = re.fullmatch(r"(?:([^?*]+)\*)?([^?*]+)(?:\?(.+))?", text)
+    if match is None:
+        raise ValueError(
+            f"{flag} {text!r}: expected [COEFFICIENT*]NAME[?OPTION=VALUE&...]"
+        )
+    number, name, query = match.groups()
+    if name in known:
+        function = known[name]
+    elif ":" in name:
+        function = configs.load_function(name, f"--{flag}")
+    else:
+        near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise ValueError(
+            f"{flag} {text!r}: unknown name; {hint}expected one of {', '.join(known)}, "
+            "or package.module:function"
+        )
+    options = _options(text, flag, function, query or "", words)
+    return (
+        _number(text, flag, number),
+        functools.partial(function, **options) if options else function,
+    )
+
+
+def _number(text: str, flag: str, number: str | None) -> float:
+    try:
+        value = 1.0 if number is None else float(number)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < float("inf"):
+        raise ValueError(
+            f"{flag} {text!r}: expected a finite coefficient >= 0 before the *, got "
+            f"{number!r}"
+        )
+    return value
+
+
+def _options(
+    text: str,
+    flag: str,
+    function: Callable[..., Any],
+    query: str,
+    words: Mapping[str, int],
+) -> dict[str, Any]:
+    parameters = {
+        name: p
+        for name, p in inspect.signature(function).parameters.items()
+        if p.kind is p.KEYWORD_ONLY and name not in PAIR_COLUMNS
+    }
+    options: dict[str, Any] = {}
+    for item in query.split("&") if query else []:
+        name, separator, value = item.partition("=")
+        if not separator or not value:
+            raise ValueError(f"{flag} {text!r}: expected OPTION=VALUE, got {item!r}")
+        if name not in parameters:
+            known = ", ".join(parameters) or "none"
+            raise ValueError(
+                f"{flag} {text!r}: unknown option {name!r}; its options: {known}"
+            )
+        options[name] = words.get(value) or _value(
+            f"{flag} {text!r}: {name}", value, parameters[name].annotation
+        )
+    return options
+
+
+def _value(what: str, value: str, kind: Any) -> Any:
+    if get_origin(kind) is Literal:
+        if value not in get_args(kind):
+            raise ValueError(
+                f"{what}: expected one of {', '.join(get_args(kind))}, got {value!r}"
+            )
+        return value
+    if kind not in (int, float):
+        return value
+    try:
+        number = kind(value)
+    except ValueError:
+        number = float("nan")
+    if not abs(number) < float("inf"):
+        expected = "a whole number" if kind is int else "a finite number"
+        raise ValueError(f"{what}: expected {expected}, got {value!r}")
+    return number
+
+
+def _takes_all(parameters: Mapping[str, inspect.Parameter]) -> bool:
+    return any(p.kind is p.VAR_KEYWORD for p in parameters.values())

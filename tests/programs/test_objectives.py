@@ -1,0 +1,149 @@
+"""Losses and regularizers by name: what is understood, what is refused and how."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rlhf_jax.algorithms.contrastive import ContrastiveConfig
+from rlhf_jax.data.prepare import DataConfig
+from rlhf_jax.data.rows import Columns
+from rlhf_jax.losses.preference import hinge
+from rlhf_jax.losses.regularizers import batch_sum_to_zero
+from rlhf_jax.models.config import ComputeConfig
+from rlhf_jax.programs import objectives
+from rlhf_jax.programs.dpo import DpoConfig
+from rlhf_jax.programs.meta_reward import InnerConfig, MetaRewardConfig
+from rlhf_jax.programs.reward import RewardConfig
+
+ANY = {"run_dir": "r", "model": "tiny", "data": ["a.jsonl"]}
+R = jnp.array([2.0, -1.0])
+ZERO = jnp.zeros(2)
+
+
+def test_options_reach_the_loss():
+    named = objectives.loss("hinge?min_gap=3")
+    np.testing.assert_array_equal(named(R, ZERO), hinge(R, ZERO, min_gap=3.0))
+    assert objectives.loss("hinge") is hinge
+
+
+def test_coefficient_and_options_reach_the_regularizer():
+    function, coefficient = objectives.regularizer(
+        "1e-3*batch_sum_to_zero?scale=official&num_groups=devices", devices=2
+    )
+    assert coefficient == 1e-3
+    expected = batch_sum_to_zero(R, ZERO, R * 0 + 1, scale="official", num_groups=2)
+    np.testing.assert_array_equal(function(R, ZERO, R * 0 + 1), expected)
+
+
+def test_only_terms_that_couple_ask_for_the_whole_batch():
+    assert objectives.couples("batch_sum_to_zero")
+    assert not objectives.couples("0.01*centring")
+    assert objectives.couples("rlhf_jax.losses.regularizers:squared_rewards") is False
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("hingee", "unknown name; did you mean 'hinge'[?] expected one of bradley"),
+        ("hinge?margins=1", "unknown option 'margins'; its options: min_gap"),
+        ("hinge?min_gap=wide", "min_gap: expected a finite number, got 'wide'"),
+        ("hinge?min_gap=nan", "min_gap: expected a finite number, got 'nan'"),
+        ("hinge?min_gap", "expected OPTION=VALUE, got 'min_gap'"),
+        ("2*hinge", "a loss has no coefficient"),
+        ("", r"expected \[COEFFICIENT\*\]NAME"),
+        ("no_such_module:f", "cannot import"),
+        ("direct?x=1", "its options: none"),
+    ],
+)
+def test_a_loss_that_cannot_be_is_named(text, message):
+    with pytest.raises(ValueError, match=message):
+        RewardConfig(**ANY, loss=text)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("-1*centring", "expected a finite coefficient >= 0"),
+        ("inf*centring", "expected a finite coefficient >= 0"),
+        ("batch_sum_to_zer", "did you mean 'batch_sum_to_zero'"),
+        ("batch_sum_to_zero?scale=B", "scale: expected one of mean, official, sum"),
+        ("batch_sum_to_zero?num_groups=1.5", "num_groups: expected a whole number"),
+    ],
+)
+def test_a_regularizer_that_cannot_be_is_named(text, message):
+    with pytest.raises(ValueError, match=message):
+        RewardConfig(**ANY, regularizers=[text])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"regularizers": ["batch_sum_to_zero"], "batch_size": 1}, "use at least 2"),
+        ({"loss": "scaled_bradley_terry"}, "needs the column margin"),
+        (
+            {"loss": "direct", "rows": DataConfig(columns=Columns(margin="m"))},
+            "margin 'm': neither loss 'direct' nor a regularizer uses it",
+        ),
+        (
+            {"contrastive": ContrastiveConfig(kind="simcse")},
+            "without dropout the two views are the same",
+        ),
+        (
+            {
+                "contrastive": ContrastiveConfig(kind="simcse"),
+                "compute": ComputeConfig(dropout=0.05),
+                "batch_size": 1,
+            },
+            "batch_size is 1; use 2 or more",
+        ),
+        (
+            {"loss": "plackett_luce", "regularizers": ["centring"]},
+            "regularizers and contrastive are for pairs",
+        ),
+        ({"objective": "a:b", "loss": "hinge"}, "stands for loss, regularizers"),
+    ],
+)
+def test_combinations_that_cannot_work_are_refused_before_anything_is_loaded(
+    options, message
+):
+    with pytest.raises(ValueError, match=message):
+        RewardConfig(**ANY, **options)
+
+
+def test_a_bound_column_is_used_by_its_regularizer_alone():
+    rows = DataConfig(columns=Columns(gap_bound="b"))
+    RewardConfig(**ANY, rows=rows, regularizers=["bounded_gap"])
+    with pytest.raises(ValueError, match="gap_bound 'b': neither"):
+        RewardConfig(**ANY, rows=rows)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"shifted": []}, "expected at least one --shifted"),
+        (
+            {"batch_size": 4, "accum_steps": 2, "inner": InnerConfig(batch_size=3)},
+            "inner.batch_size 3: expected a multiple of accum_steps 2",
+        ),
+        (
+            {
+                "inner": InnerConfig(second_order=True),
+                "compute": ComputeConfig(attention="splash"),
+            },
+            "cannot be differentiated twice",
+        ),
+    ],
+)
+def test_meta_settings_that_cannot_be_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        MetaRewardConfig(**(ANY | {"shifted": ["s.jsonl"]} | options))
+
+
+def test_an_inner_step_of_nothing_is_refused():
+    with pytest.raises(ValueError, match="inner.learning_rate: expected a finite"):
+        InnerConfig(learning_rate=0.0)
+
+
+def test_dpo_refuses_a_beta_of_nothing():
+    with pytest.raises(ValueError, match="beta: expected a finite number above 0"):
+        DpoConfig(**ANY, beta=0.0)
