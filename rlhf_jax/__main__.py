@@ -33,6 +33,21 @@ PROGRAMS = {
     "reward": Program(
         "rlhf_jax.programs.reward", "RewardConfig", "train a reward model on pairs"
     ),
+    "meta-reward": Program(
+        "rlhf_jax.programs.meta_reward",
+        "MetaRewardConfig",
+        "a reward model that tells a shifted policy's completions apart (MetaRM)",
+    ),
+    "strength": Program(
+        "rlhf_jax.programs.strength",
+        "StrengthConfig",
+        "preference strength of pairs; flip, soften, drop, margins",
+    ),
+    "attributes": Program(
+        "rlhf_jax.programs.attributes",
+        "AttributesConfig",
+        "a reward made of rated attributes and a gate, on frozen states",
+    ),
     "dpo": Program(
         "rlhf_jax.programs.dpo", "DpoConfig", "train a policy on pairs, no reward model"
     ),
@@ -63,6 +78,26 @@ PROGRAMS = {
 }
 
 STUDIES = {
+    "bsr-rlhf": Program(
+        "rlhf_jax.studies.bsr_rlhf",
+        "BsrRlhfConfig",
+        "RLOO under a Bradley-Terry and under a BSR reward model",
+    ),
+    "denoise": Program(
+        "rlhf_jax.studies.denoise",
+        "DenoiseConfig",
+        "flipped labels found by preference strength, and what cleaning is worth",
+    ),
+    "scenarios": Program(
+        "rlhf_jax.studies.scenarios",
+        "ScenariosConfig",
+        "BT, hinge, norm, DR and BSR on four disjoint scenarios",
+    ),
+    "contrastive": Program(
+        "rlhf_jax.studies.contrastive",
+        "ContrastiveStudyConfig",
+        "SimCSE and SwAV beside Bradley-Terry, out of distribution",
+    ),
     "over-optimisation": Program(
         "rlhf_jax.studies.over_optimisation",
         "OverOptimisationConfig",

@@ -29,8 +29,8 @@ class ContrastiveConfig:
 
     kind: Literal["none", "simcse", "swav"] = "none"
     """none, SimCSE (each completion finds itself), or SwAV (clusters agree)."""
-    on: Literal["pairs", "differences"] = "pairs"
-    """Items: the states of both completions, or their differences."""
+    items: Literal["pairs", "differences"] = "pairs"
+    """What finds itself again: the states of both completions, or their differences."""
     coefficient: float | None = None
     """Weight beside the pair loss: SimCSE 1, SwAV 0.1 on pairs and 0.5 on
     differences."""
@@ -55,7 +55,7 @@ class ContrastiveConfig:
     @property
     def differences(self) -> bool:
         """Whether the items are differences."""
-        return self.on == "differences"
+        return self.items == "differences"
 
     @property
     def weight(self) -> float:

@@ -68,9 +68,10 @@ class CleanConfig:
                 f"clean.soft_label: expected a probability in [0, 1], got "
                 f"{self.soft_label}"
             )
-        if not np.isfinite(self.margin_scale):
+        if not 0 < self.margin_scale < np.inf:
             raise ValueError(
-                f"clean.margin_scale: expected a finite number, got {self.margin_scale}"
+                f"clean.margin_scale: expected a finite number above 0, got "
+                f"{self.margin_scale}; set clean.margin false for no margins"
             )
 
     @property
@@ -107,7 +108,8 @@ def changed_row(
         row: of the pairs.
         action: one of ACTIONS.
         mean: its strength.
-        config: what was asked for; decides which columns all rows get.
+        config: what was asked for; decides which columns all rows get. A flip swaps
+            the two completions alone; other columns stay as they are.
         chosen: name of that column.
         rejected: name of that column.
 

@@ -40,7 +40,7 @@ def entropy(found: Strength) -> np.ndarray:
     models are sure is wrong has entropy 0.
     """
     p = _sigmoid(found.gaps).mean(axis=1)
-    return -sum(x * np.log(np.clip(x, 1e-12, 1)) for x in (p, 1 - p))
+    return scipy.special.entr(p) + scipy.special.entr(1 - p)
 
 
 DETECTORS: dict[str, Callable[[Strength], np.ndarray]] = {
@@ -76,9 +76,14 @@ def ssrm_rule(gaps: np.ndarray, *, confidence: float = 0.8) -> np.ndarray:
         gaps: d, [Q], of one model.
         confidence: in [0.5, 1).
 
+    Raises:
+        ValueError: a confidence that no probability, or every one, reaches.
+
     Source: arXiv:2409.06903, with 0.8. Differs from its code, which keeps the data's
     own label, and so leaks what the method claims not to know.
     """
+    if not 0.5 <= confidence < 1:
+        raise ValueError(f"confidence: expected a number in [0.5, 1), got {confidence}")
     p = _sigmoid(gaps)
     label = np.where(p < 0.5, "flip", "keep")
     return np.where(np.maximum(p, 1 - p) > confidence, label, "drop")
@@ -88,10 +93,22 @@ def auc(suspicion: np.ndarray, wrong: np.ndarray) -> float:
     """The area under the ROC curve: P(a wrong label is more suspicious than a right
     one), ties one half.
 
+    Args:
+        suspicion: [Q], higher = more likely wrong.
+        wrong: [Q], whether the label is.
+
     Raises:
-        ValueError: all labels are right, or all are wrong.
+        ValueError: all labels are right, or all are wrong; shapes differ; a suspicion
+            is nan.
     """
-    wrong = np.asarray(wrong, bool)
+    suspicion, wrong = np.asarray(suspicion), np.asarray(wrong, bool)
+    if suspicion.shape != wrong.shape or suspicion.ndim != 1:
+        raise ValueError(
+            f"auc: expected one suspicion for each label, got shapes {suspicion.shape} "
+            f"and {wrong.shape}"
+        )
+    if np.isnan(suspicion).any():
+        raise ValueError(f"auc: suspicion {np.isnan(suspicion).argmax()} is nan")
     positives, negatives = int(wrong.sum()), int((~wrong).sum())
     if not positives or not negatives:
         raise ValueError(

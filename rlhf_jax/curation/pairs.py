@@ -28,10 +28,14 @@ def consensus(
     A pair is kept where both signs agree; where both say that the label is wrong it is
     swapped. A tie agrees with nothing.
 
+    Raises:
+        ValueError: lengths differ, or a vote is nan.
+
     Source: Zhang et al. 2025, arXiv:2501.07301 (lessons on process reward models),
     which keeps a sample only if Monte Carlo estimate and judge agree.
     """
     signs = np.sign(np.asarray(first)), np.sign(np.asarray(second))
+    _refuse_nan("consensus", first=signs[0], second=signs[1])
     if not len(rows) == len(signs[0]) == len(signs[1]):
         raise ValueError(
             f"consensus: {len(rows)} rows, {len(signs[0])} and {len(signs[1])} votes; "
@@ -69,6 +73,9 @@ def new_over_old(
         new_rewards: [Q] under the reward model that trained the new policy.
         old_rewards: [Q].
 
+    Raises:
+        ValueError: lengths differ, or a reward is nan.
+
     Source: arXiv:2506.06292 (Mutual-Taught), M-step.
     """
     new_rewards, old_rewards = np.asarray(new_rewards), np.asarray(old_rewards)
@@ -78,7 +85,10 @@ def new_over_old(
             f"new_over_old: expected one of everything for each prompt, got lengths "
             f"{sorted(sizes)}"
         )
-    eps = float(old_rewards.std())
+    _refuse_nan("new_over_old", new_rewards=new_rewards, old_rewards=old_rewards)
+    if not len(prompts):
+        return [], 0
+    eps = float(old_rewards.std())  # one nan in it would leave out every pair
     kept = [
         {"prompt": prompt, "chosen": better, "rejected": worse}
         for prompt, better, worse, gap in zip(
@@ -89,9 +99,11 @@ def new_over_old(
     return kept, len(prompts) - len(kept)
 
 
-def off_prompt(rows: Sequence[Mapping[str, Any]], *, seed: int = 0) -> list[Row]:
-    """RRM's augmentation: the rows themselves, and pairs with completions of other
-    prompts, which teach that an answer must be to its prompt.
+def off_prompt(
+    rows: Sequence[Mapping[str, Any]], *, seed: int = 0
+) -> tuple[list[Row], int]:
+    """(RRM's augmentation, left out): the rows themselves, and pairs with completions
+    of other prompts, which teach that an answer must be to its prompt.
 
     For each row two other rows j, k with other prompts are drawn. Their four
     completions are off-prompt for this one:
@@ -100,14 +112,16 @@ def off_prompt(rows: Sequence[Mapping[str, Any]], *, seed: int = 0) -> list[Row]
         6 pairs    the four among each other, neutral: soft_label 0.5
 
     Every row gets a `soft_label` column (1 for the originals and the eight) and
-    `augmentation`: "none", "off-prompt" or "neutral".
+    `augmentation`: "none", "off-prompt" or "neutral". A pair of two equal texts is left
+    out: prompts may share an answer.
 
     Args:
         rows: pairs, with at least three different prompts.
         seed: of the draws.
 
     Raises:
-        ValueError: fewer than three prompts, or rows with a soft_label already.
+        ValueError: fewer than three prompts, or rows with a column that would be
+            written.
 
     Source: Liu et al. 2024, arXiv:2409.13156 (RRM). Differs from the released code,
     which allows j = i.
@@ -118,11 +132,12 @@ def off_prompt(rows: Sequence[Mapping[str, Any]], *, seed: int = 0) -> list[Row]
             f"off_prompt: {len(set(keys))} different prompts; expected at least 3, to "
             "draw two others for each"
         )
-    if any("soft_label" in row for row in rows):
-        raise ValueError(
-            "off_prompt: the rows have a column 'soft_label' already; rename it: it is "
-            "not overwritten"
-        )
+    for name in ("soft_label", "augmentation"):
+        if any(name in row for row in rows):
+            raise ValueError(
+                f"off_prompt: the rows have a column {name!r} already; rename it: it "
+                "is not overwritten"
+            )
     rng = np.random.default_rng(seed)
     made: list[Row] = []
     for index, row in enumerate(rows):
@@ -135,8 +150,17 @@ def off_prompt(rows: Sequence[Mapping[str, Any]], *, seed: int = 0) -> list[Row]
         for a in range(OFF_PROMPT):
             for b in range(a + 1, OFF_PROMPT):
                 made.append(_pair(row, texts[a], texts[b], 0.5, "neutral"))
-    # A text that two prompts share would be preferred to itself.
-    return [row for row in made if row["chosen"] != row["rejected"]]
+    kept = [row for row in made if row["chosen"] != row["rejected"]]
+    return kept, len(made) - len(kept)
+
+
+def _refuse_nan(what: str, **values: np.ndarray) -> None:
+    for name, array in values.items():
+        if np.isnan(array).any():
+            raise ValueError(
+                f"{what}: {name} of row {np.isnan(array).argmax()} is nan; expected a "
+                "number"
+            )
 
 
 def _others(index: int, keys: Sequence[str], rng: np.random.Generator) -> list[int]:

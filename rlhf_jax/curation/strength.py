@@ -43,8 +43,8 @@ def strength(
             them as they are). It keeps the sign, which a z-score would not.
 
     Raises:
-        ValueError: shapes differ, fewer than two models, or a reward that is not
-            finite, with the pair and the model.
+        ValueError: shapes differ, no pairs, fewer than two models, or a reward that is
+            not finite, with the pair and the model.
     """
     chosen, rejected = (
         np.asarray(r, np.float64) for r in (chosen_rewards, rejected_rewards)
@@ -56,16 +56,20 @@ def strength(
         )
     if chosen.shape[1] < 2:
         raise ValueError(
-            f"strength: {chosen.shape[1]} reward model; the spread between models needs "
-            "at least 2 (the paper takes 10)"
+            f"strength: {chosen.shape[1]} reward model; the spread between models "
+            "needs at least 2 (the paper takes 10)"
         )
-    gaps = chosen - rejected
-    if not np.isfinite(gaps).all():
-        pair, model = np.argwhere(~np.isfinite(gaps))[0]
+    if not len(chosen):
+        raise ValueError("strength: no pairs; expected at least 1")
+    finite = np.isfinite(chosen) & np.isfinite(rejected)
+    if not finite.all():
+        pair, model = np.argwhere(~finite)[0]
         raise ValueError(
             f"strength: the rewards of pair {pair} under model {model} are "
-            f"{chosen[pair, model]} and {rejected[pair, model]}; expected finite numbers"
+            f"{chosen[pair, model]} and {rejected[pair, model]}; expected finite "
+            "numbers"
         )
+    gaps = chosen - rejected
     if standardise:
         scale = np.sqrt((gaps**2).mean(axis=0, keepdims=True))
         gaps = gaps / np.where(scale > 0, scale, 1.0)

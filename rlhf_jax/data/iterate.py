@@ -136,6 +136,7 @@ class Batches:
         row_length: int | None = None,
         rows_multiple_of: int = 1,
         num_shapes: int = 3,
+        shapes: Shapes | None = None,
         side: Literal["right", "left"] = "right",
         process_index: int = 0,
         process_count: int = 1,
@@ -157,6 +158,8 @@ class Batches:
             row_length: see `layout`; None or 0 = fit for the dataset.
             rows_multiple_of: slices the devices cut the batch into.
             num_shapes: row counts that packed batches take, at most.
+            shapes: of the batches, chosen elsewhere (`batches.shapes` of a dataset that
+                looks alike); None = chosen for this dataset.
             process_index: see `process_count`.
             process_count: the slice of rows and pairs to build.
             prefetch: batches built ahead; 0 = none, in the caller's thread.
@@ -184,7 +187,7 @@ class Batches:
         )
         self.end = None if epochs is None else epochs * len(dataset)
         self.start_row, self.prefetch = start_row, prefetch
-        self.shapes = self._choose_shapes(row_length or None, num_shapes)
+        self.shapes = shapes or self._choose_shapes(row_length or None, num_shapes)
         self._iterator: Any = None
 
     def __iter__(self) -> Iterator[tuple[Any, int]]:

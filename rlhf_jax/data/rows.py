@@ -7,10 +7,10 @@
     kwise         prompt + responses: [{text, score or gold}, ...]
     prompt        prompt alone
 
-Column names come from `Columns`. Margins, soft labels, bounds and weights are used only where
-the config names their column: a data set's own `strength` may be the gold label. A row
-that does not fit raises `RowError` with its kind (malformed or empty); the reader knows
-file and line.
+Column names come from `Columns`. Margins, soft labels, bounds and weights are used only
+where the config names their column: a data set's own `strength` may be the gold label.
+A row that does not fit raises `RowError` with its kind (malformed or empty); the reader
+knows file and line.
 """
 
 import dataclasses

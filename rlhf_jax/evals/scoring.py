@@ -6,11 +6,11 @@ numbers are coarse, so that call after call finds its shapes compiled.
 Inside a row several completions are packed, each seeing only itself: batch size, order,
 packing and padding do not change a score beyond float rounding. The model is not known
 here, only a function `score_fn(sequences, score_at) -> rewards [B S]`, jitted by the
-caller.
+caller; `score_with_states` takes one that also gives the hidden states.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
@@ -19,6 +19,8 @@ from rlhf_jax.data.encode import EncodedCompletion
 from rlhf_jax.types import Sequences
 
 ScoreFn: TypeAlias = Callable[[Sequences, np.ndarray], np.ndarray]
+StatesFn: TypeAlias = Callable[[Sequences, np.ndarray], tuple[Any, Any, Any]]
+"""-> (rewards [B S], states before the final norm [B S D], states after it)."""
 MAX_SHAPES = 3
 """Row lengths of one call, at most."""
 _TOKENS_PER_SLOT = 16
@@ -35,6 +37,17 @@ class ScoringBatch(NamedTuple):
     """Place of each completion in the flattened rewards [B*S]."""
     indices: np.ndarray
     """Which completions they are."""
+
+
+class ScoredStates(NamedTuple):
+    """Rewards of all completions and the states of those that were kept."""
+
+    rewards: np.ndarray
+    """[N], in input order."""
+    before: np.ndarray
+    """[M D], before the final norm, in the order they were asked for."""
+    after: np.ndarray
+    """[M D], after it: what the head reads."""
 
 
 class _Group(NamedTuple):
@@ -147,27 +160,87 @@ def score(
         ValueError: see `scoring_batches`.
     """
     rewards = np.full(len(encoded), np.nan, np.float32)
-    waiting: list[tuple[ScoringBatch, np.ndarray]] = []
-
-    def fetch() -> None:
-        batch, result = waiting.pop()
-        flat = np.asarray(result, np.float32).reshape(-1)
-        rewards[batch.indices] = flat[batch.order]
-        if progress is not None:
-            progress(len(batch.indices))
-
-    # The result of a batch is fetched after the next one is under way.
-    for batch in scoring_batches(
+    for batch, result in _results(
+        score_fn,
         encoded,
         tokens_per_batch=tokens_per_batch,
         row_length=row_length,
         rows_multiple_of=rows_multiple_of,
         pad_id=pad_id,
     ):
-        result = score_fn(batch.sequences, batch.score_at)
-        if waiting:
-            fetch()
-        waiting.append((batch, result))
-    while waiting:
-        fetch()
+        rewards[batch.indices] = _in_order(result, batch)
+        if progress is not None:
+            progress(len(batch.indices))
     return rewards
+
+
+def score_with_states(
+    states_fn: StatesFn,
+    encoded: Sequence[EncodedCompletion],
+    keep: np.ndarray,
+    *,
+    tokens_per_batch: int = 8192,
+    rows_multiple_of: int = 1,
+    pad_id: int = 0,
+    progress: Callable[[int], None] | None = None,
+) -> ScoredStates:
+    """Rewards of the completions and hidden states of some of them, in one pass.
+
+    Args:
+        states_fn: jitted, like `score`'s, but returns (rewards, before, after).
+        encoded: what to score.
+        keep: [M] indices, each once, of the completions whose states are returned.
+        tokens_per_batch: see `scoring_batches`.
+        rows_multiple_of: see `scoring_batches`.
+        pad_id: see `scoring_batches`.
+        progress: see `score`.
+
+    Raises:
+        ValueError: see `scoring_batches`.
+    """
+    rewards = np.full(len(encoded), np.nan, np.float32)
+    place = np.full(len(encoded), -1, np.int64)
+    place[keep] = np.arange(len(keep))
+    states = [np.zeros((len(keep), 0), np.float32) for _ in range(2)]
+    for batch, result in _results(
+        states_fn,
+        encoded,
+        tokens_per_batch=tokens_per_batch,
+        rows_multiple_of=rows_multiple_of,
+        pad_id=pad_id,
+    ):
+        rewards[batch.indices] = _in_order(result[0], batch)
+        kept = place[batch.indices] >= 0
+        for part in (0, 1):
+            found = _in_order(result[1 + part], batch)[kept]
+            if not states[part].size:
+                states[part] = np.full((len(keep), found.shape[1]), np.nan, np.float32)
+            states[part][place[batch.indices[kept]]] = found
+        if progress is not None:
+            progress(len(batch.indices))
+    return ScoredStates(rewards, *states)
+
+
+def _results(
+    function: Callable[[Sequences, np.ndarray], Any],
+    encoded: Sequence[EncodedCompletion],
+    **options: Any,
+) -> Iterator[tuple[ScoringBatch, Any]]:
+    """(batch, what the function returned for it), in the order of the calls.
+
+    A result is handed out, and so waited for, after the next call is under way.
+    """
+    waiting: tuple[ScoringBatch, Any] | None = None
+    for batch in scoring_batches(encoded, **options):
+        result = function(batch.sequences, batch.score_at)
+        if waiting is not None:
+            yield waiting
+        waiting = (batch, result)
+    if waiting is not None:
+        yield waiting
+
+
+def _in_order(values: Any, batch: ScoringBatch) -> np.ndarray:
+    """Values [B S ...] as float32 [n ...], one for each of the batch's completions."""
+    values = np.asarray(values, np.float32)
+    return values.reshape(-1, *values.shape[2:])[batch.order]

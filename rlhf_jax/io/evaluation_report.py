@@ -1,9 +1,10 @@
 """The evaluation part of a report: sections, tiles and notes from an evaluate.json.
 
 The file holds "sets" (one entry a set of pairs or K-wise rows: name, kind, n,
-available, subset, interval, metrics, reliability, histogram, points, set_aside) and the
-tables "rmbench" and "rewardbench". Every function here only reads it; plots go into the
-folder given.
+available, subset, interval, metrics, reliability, histogram, points, set_aside), the
+tables "rmbench" and "rewardbench", and what `diagnostics_report` shows ("states",
+"contrast_instructions"). Every function here only reads it; plots go into the folder
+given.
 """
 
 import pathlib
@@ -11,6 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from rlhf_jax.io import plot_style, plots
+from rlhf_jax.io.diagnostics_report import contrast_section, states_section
 from rlhf_jax.io.html import Plot, Section, Table, Tile
 
 
@@ -23,6 +25,7 @@ def evaluation_notes(evaluation: Mapping[str, Any]) -> list[str]:
     for title, key in (("RM-Bench", "rmbench"), ("RewardBench", "rewardbench")):
         if evaluation.get(key):
             entries.append((title, evaluation[key]))
+    entries += [(e["name"], e) for e in evaluation.get("contrast_instructions", [])]
     for name, entry in entries:
         if entry.get("subset"):
             notes.append(
@@ -68,6 +71,10 @@ def evaluation_sections(
         sections.append(_rmbench_section(evaluation["rmbench"], folder))
     if evaluation.get("rewardbench"):
         sections.append(_rewardbench_section(evaluation["rewardbench"], folder))
+    if evaluation.get("contrast_instructions"):
+        sections.append(contrast_section(evaluation["contrast_instructions"], folder))
+    if evaluation.get("states"):
+        sections.append(states_section(evaluation, folder))
     return sections
 
 

@@ -1,4 +1,4 @@
-"""`rlhf-jax evaluate`: a reward model against pairs, K-wise rows and two benchmarks.
+"""`rlhf-jax evaluate`: a reward model against pairs, K-wise rows and benchmarks.
 
 Read `run`: load, then one entry a set, then the files. Into --out go evaluate.json
 (every number), scores/NAME.jsonl (every row with its rewards, schema 1),
@@ -9,26 +9,25 @@ import dataclasses
 import json
 import math
 import pathlib
-import sys
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
 from rlhf_jax import config as configs
 from rlhf_jax.data import sources
-from rlhf_jax.data.encode import EncodedCompletion
 from rlhf_jax.data.rows import Columns
 from rlhf_jax.evals import calibration, distribution, length, suite
+from rlhf_jax.evals.contrast_instructions import contrast_table
+from rlhf_jax.evals.hidden_states import states_summary
 from rlhf_jax.evals.rewardbench import rewardbench_table
-from rlhf_jax.evals.rmbench import check_domains, rmbench_item, rmbench_table
+from rlhf_jax.evals.rmbench import rmbench_table
 from rlhf_jax.io import report
 from rlhf_jax.programs import evaluation_tables, scored_rows
+from rlhf_jax.programs.evaluation_sets import EvalSet, ScoredSet, score_set, subset
 from rlhf_jax.programs.scored_rows import Job
-from rlhf_jax.programs.scorer import Refusal, Scorer, ScoringConfig, open_scorer
+from rlhf_jax.programs.scorer import ScoringConfig, open_scorer
 
 MAX_POINTS = 600
 """Completions of a set kept for the plot of reward against length."""
@@ -50,6 +49,15 @@ class EvaluateConfig:
     """RM-Bench file (json: prompt, 3 chosen, 3 rejected, domain)."""
     rewardbench: str | None = None
     """RewardBench-style pairs with a `subset` or `source` column."""
+    contrast_instructions: list[str] = dataclasses.field(default_factory=list)
+    """Contrast Instructions files as NAME=SPEC (query, retrieval and their
+    _response_k); repeat for several."""
+    contrast_prefix: list[str] = dataclasses.field(default_factory=list)
+    """Text before the instructions of such a file, which hold only inputs, as
+    NAME=TEXT: "para=Paraphrase the following sentence: "."""
+    states: bool = False
+    """Statistics of the hidden states of eval_data: norms, effective rank, head norm.
+    Holds two float32 [N, D] of a set, N at most 4096 completions (a seeded subset)."""
     limit: int = 0
     """Rows of each set, a seeded subset, said with the numbers; 0 = all."""
     seed: int = 0
@@ -62,10 +70,16 @@ class EvaluateConfig:
     """How texts become rewards."""
 
     def __post_init__(self) -> None:
-        if not (self.eval_data or self.rmbench or self.rewardbench):
+        benches = self.rmbench or self.rewardbench or self.contrast_instructions
+        if not (self.eval_data or benches):
             raise ValueError(
-                "nothing to evaluate on: give --eval_data NAME=SPEC, --rmbench PATH or "
-                "--rewardbench PATH"
+                "nothing to evaluate on: give --eval_data NAME=SPEC, --rmbench PATH, "
+                "--rewardbench PATH or --contrast_instructions NAME=SPEC"
+            )
+        if self.states and not self.eval_data:
+            raise ValueError(
+                "states: they are measured on eval_data, and there is none; give "
+                "--eval_data NAME=SPEC"
             )
         if self.limit < 0 or self.bootstrap_samples < 1:
             raise ValueError(
@@ -74,42 +88,26 @@ class EvaluateConfig:
             )
 
 
-@dataclasses.dataclass(frozen=True)
-class ScoredSet:
-    """A set after scoring."""
-
-    jobs: list[Job]
-    rewards: list[np.ndarray]
-    """One array a job, an entry a text."""
-    available: int
-    """Rows of the source."""
-    taken: int
-    """Rows of the subset, those set aside included."""
-    set_aside: list[dict[str, Any]]
-
-    def header(self) -> dict[str, Any]:
-        """What every entry of evaluate.json says about its rows."""
-        return {
-            "n": len(self.jobs),
-            "available": self.available,
-            "subset": self.taken < self.available,
-            "set_aside": dict(Counter(row["reason"] for row in self.set_aside)),
-        }
-
-
 def run(config: EvaluateConfig) -> dict[str, Any]:
     """Scores and evaluates; returns what evaluate.json holds."""
-    named = configs.parse_named(config.eval_data, "--eval_data")
-    benches = {"rmbench": config.rmbench, "rewardbench": config.rewardbench}
-    specs = named | {name: spec for name, spec in benches.items() if spec}
-    if len(specs) < len(named) + sum(bool(spec) for spec in benches.values()):
-        raise ValueError("--eval_data: the names rmbench and rewardbench are taken")
-    opened = {name: sources.open_source(spec) for name, spec in specs.items()}
+    sets = _sets(config)
+    opened = [(data, sources.open_source(data.spec)) for data in sets]
     out = _directory(config.out)
     scorer = open_scorer(config.model, config.scoring, seed=config.seed)
+    if config.states:
+        scorer.check_states()
     scored = {
-        name: score_set(name, source, scorer, config, out)
-        for name, source in opened.items()
+        data.name: score_set(
+            data,
+            source,
+            scorer,
+            out,
+            columns=config.columns,
+            limit=config.limit,
+            seed=config.seed,
+            states=config.states,
+        )
+        for data, source in opened
     }
     result: dict[str, Any] = {
         "schema": 1,
@@ -119,13 +117,26 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
         "limit": config.limit,
         "config": configs.to_dict(config),
         "sets": [
-            {"name": name, "spec": spec} | set_entry(scored[name], config)
-            for name, spec in named.items()
+            {"name": data.name, "spec": data.spec}
+            | set_entry(scored[data.name], config)
+            for data in sets
+            if data.kind == "eval_data"
         ],
     }
     for name, table in (("rmbench", _rmbench), ("rewardbench", _rewardbench)):
         if name in scored:
             result[name] = scored[name].header() | {"table": table(scored[name])}
+    if config.contrast_instructions:
+        result["contrast_instructions"] = [
+            {"name": data.name, "spec": data.spec, "prefix": data.prefix}
+            | scored[data.name].header()
+            | {"table": _contrast(scored[data.name])}
+            for data in sets
+            if data.kind == "contrast"
+        ]
+    if config.states:
+        figures = {name: done.states for name, done in scored.items() if done.states}
+        result["states"] = states_summary(figures, head_norm=scorer.head_norm)
     result = _finite(result)
     aside = [line for done in scored.values() for line in done.set_aside]
     scored_rows.write_jsonl(out / "set_aside.jsonl", aside)
@@ -134,6 +145,45 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
     evaluation_tables.show(result, _console())
     print(f"report: {report.write_report(out)}")
     return result
+
+
+def _sets(config: EvaluateConfig) -> list[EvalSet]:
+    """Every set that the config names.
+
+    Raises:
+        ValueError: two sets of one name, or a prefix of no contrast set.
+    """
+    named = configs.parse_named(config.eval_data, "--eval_data")
+    contrasts = configs.parse_named(
+        config.contrast_instructions, "--contrast_instructions"
+    )
+    prefixes = configs.parse_named(config.contrast_prefix, "--contrast_prefix")
+    if {"rmbench", "rewardbench"} & {*named, *contrasts}:
+        raise ValueError(
+            "--eval_data, --contrast_instructions: the names rmbench and rewardbench "
+            "are taken; choose others"
+        )
+    for name in contrasts:
+        if name in named:
+            raise ValueError(
+                f"--contrast_instructions: the name {name!r} is a set of --eval_data "
+                "too; choose another: each writes scores/NAME.jsonl"
+            )
+    for name in prefixes:
+        if name not in contrasts:
+            raise ValueError(
+                f"--contrast_prefix {name!r}: expected the name of a set of "
+                f"--contrast_instructions, of which there are: {list(contrasts)}"
+            )
+    sets = [EvalSet(name, spec, "eval_data") for name, spec in named.items()]
+    if config.rmbench:
+        sets.append(EvalSet("rmbench", config.rmbench, "rmbench"))
+    if config.rewardbench:
+        sets.append(EvalSet("rewardbench", config.rewardbench, "rewardbench"))
+    return sets + [
+        EvalSet(name, spec, "contrast", prefixes.get(name, ""))
+        for name, spec in contrasts.items()
+    ]
 
 
 def _console() -> Console:
@@ -151,107 +201,10 @@ def _directory(out: str) -> pathlib.Path:
     return path
 
 
-def subset(available: int, limit: int, seed: int) -> list[int]:
-    """Indices of a seeded subset in their order; all of them without a limit.
-
-    >>> subset(3, 0, 0), len(subset(100, 7, 0)), subset(100, 7, 0) == subset(100, 7, 0)
-    ([0, 1, 2], 7, True)
-    """
-    if not limit or limit >= available:
-        return list(range(available))
-    drawn = np.random.default_rng(seed).permutation(available)[:limit]
-    return sorted(drawn.tolist())
-
-
-def score_set(
-    name: str,
-    source: Any,
-    scorer: Scorer,
-    config: EvaluateConfig,
-    out: pathlib.Path,
-) -> ScoredSet:
-    """Reads and scores a set and writes scores/NAME.jsonl.
-
-    Raises:
-        ValueError: no row of the set can be scored, with the reasons; or its rows
-            differ in kind.
-    """
-    taken = subset(len(source), config.limit, config.seed)
-    jobs: list[Job] = []
-    encoded: list[EncodedCompletion] = []
-    aside: list[dict[str, Any]] = []
-    for index in taken:
-        job = _read(name, source, index, config)
-        if isinstance(job, dict):
-            aside.append({"set": name, **job})
-            continue
-        texts = scored_rows.encode_job(job, scorer)
-        if isinstance(texts, Refusal):
-            line = scored_rows.set_aside(job.where, texts.reason, texts.detail, job.row)
-            aside.append({"set": name, **line})
-        else:
-            jobs.append(job)
-            encoded += texts
-    _check_set(name, jobs, len(taken), aside)
-    rewards = scored_rows.split_rewards(_with_progress(name, scorer, encoded), jobs)
-    scored_rows.write_jsonl(
-        out / "scores" / f"{name}.jsonl",
-        (scored_rows.with_rewards(j, r) for j, r in zip(jobs, rewards, strict=True)),
-    )
-    return ScoredSet(jobs, rewards, len(source), len(taken), aside)
-
-
-def _read(
-    name: str, source: Any, index: int, config: EvaluateConfig
-) -> Job | dict[str, Any]:
-    if name != "rmbench":
-        columns = config.columns if name != "rewardbench" else Columns()
-        return scored_rows.read_job(lambda: source[index], columns)
-    try:
-        row, where = source[index]
-    except sources.SourceError as error:
-        return scored_rows.set_aside(error.where, "cannot be read", error.reason)
-    try:
-        item = rmbench_item(row, where)
-    except ValueError as error:
-        return scored_rows.set_aside(where, "malformed", str(error), row)
-    return Job(row, where, "rmbench", item.prompt, item.chosen + item.rejected)
-
-
-def _check_set(
-    name: str, jobs: Sequence[Job], taken: int, aside: Sequence[Mapping[str, Any]]
-) -> None:
-    kinds = dict.fromkeys(job.kind for job in jobs)
-    if not jobs:
-        reasons = Counter(str(line["reason"]) for line in aside)
-        counts = "; ".join(f"{count} {reason}" for reason, count in reasons.items())
-        first = (
-            f" (the first: {aside[0]['where']}: {aside[0]['detail']})" if aside else ""
-        )
-        raise ValueError(f"{name}: none of {taken} rows can be scored: {counts}{first}")
-    wanted = {"rmbench": ("rmbench",), "rewardbench": ("pairs",)}
-    if len(kinds) > 1 or not set(kinds) <= set(wanted.get(name, ("pairs", "kwise"))):
-        raise ValueError(
-            f"{name}: the rows are {' and '.join(kinds)}; expected "
-            f"{' or '.join(wanted.get(name, ('pairs', 'kwise')))}, one kind in a set"
-        )
-    if name == "rmbench":
-        check_domains([str(job.row["domain"]) for job in jobs])
-
-
-def _with_progress(
-    name: str, scorer: Scorer, encoded: Sequence[EncodedCompletion]
-) -> np.ndarray:
-    columns = ("{task.description}", BarColumn(), MofNCompleteColumn())
-    console = Console(file=sys.stderr)
-    with Progress(*columns, TimeRemainingColumn(), console=console) as bar:
-        task = bar.add_task(name, total=len(encoded))
-        return scorer.rewards(encoded, lambda count: bar.advance(task, count))
-
-
 def set_entry(scored: ScoredSet, config: EvaluateConfig) -> dict[str, Any]:
     """The entry of a set of pairs or K-wise rows in evaluate.json."""
     options = {"samples": config.bootstrap_samples, "seed": config.seed}
+    states = scored.states.metrics if scored.states else {}
     if scored.jobs[0].kind == "kwise":
         rows = [
             {"responses": [{"text": t, "score": g} for t, g in zip(j.texts, j.gold)]}
@@ -260,7 +213,7 @@ def set_entry(scored: ScoredSet, config: EvaluateConfig) -> dict[str, Any]:
         return scored.header() | {
             "kind": "kwise",
             "interval": "95 % bootstrap over prompts",
-            "metrics": suite.evaluate_kwise(scored.rewards, rows, **options),
+            "metrics": suite.evaluate_kwise(scored.rewards, rows, **options) | states,
         }
     chosen, rejected = np.array(scored.rewards).T
     rows = [
@@ -272,7 +225,7 @@ def set_entry(scored: ScoredSet, config: EvaluateConfig) -> dict[str, Any]:
     return scored.header() | {
         "kind": "pairs",
         "interval": interval,
-        "metrics": metrics,
+        "metrics": metrics | states,
         "reliability": [dataclasses.asdict(b) for b in bins],
         "histogram": distribution.histograms({"chosen": chosen, "rejected": rejected}),
         "points": _points(scored.jobs, chosen, rejected, config.seed),
@@ -304,6 +257,11 @@ def _rewardbench(scored: ScoredSet) -> dict[str, Any]:
         for job in scored.jobs
     ]
     return rewardbench_table(chosen, rejected, names)
+
+
+def _contrast(scored: ScoredSet) -> dict[str, Any]:
+    items = [job.prompt for job in scored.jobs]
+    return contrast_table(np.array(scored.rewards), items)
 
 
 def _finite(value: Any) -> Any:

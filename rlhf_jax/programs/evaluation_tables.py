@@ -1,5 +1,5 @@
-"""The tables that `evaluate` prints: sets, RM-Bench, RewardBench, and what to know of
-them."""
+"""The tables that `evaluate` prints: sets, benchmarks, hidden states, and what to know
+of them."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from rlhf_jax.io.diagnostics_report import contrast_rows, states_line
 from rlhf_jax.io.evaluation_report import evaluation_notes
 from rlhf_jax.io.html import number
 
@@ -33,6 +34,10 @@ def tables(result: Mapping[str, Any]) -> list[Table]:
         made.append(_rmbench(result["rmbench"]["table"]))
     if result.get("rewardbench"):
         made.append(_rewardbench(result["rewardbench"]["table"]))
+    if result.get("contrast_instructions"):
+        made.append(_contrast(result["contrast_instructions"]))
+    if result.get("states"):
+        made.append(_states(result["states"], result["sets"]))
     return made
 
 
@@ -141,3 +146,70 @@ def _rewardbench(table: Mapping[str, Any]) -> Table:
         made.add_row(name, "", number(section["n"]), _share(section["accuracy"]))
     made.add_row("mean of sections", "", number(table["n"]), _share(table.get("score")))
     return made
+
+
+def _contrast(entries: list[Mapping[str, Any]]) -> Table:
+    table = _table(
+        "Contrast Instructions",
+        "response: R(I, r) > R(I, r'). instruction: R(I, r) > R(I', r). query: as "
+        "published; retrieval: I and I' exchanged. A tie is inconsistent. Intervals: "
+        "Wilson 95 %.",
+        ["set", "side", "consistency", "n", "share", "ties", "identical"],
+    )
+    for entry in entries:
+        for side, kind, figures in contrast_rows(entry["table"]):
+            table.add_row(
+                entry["name"],
+                side,
+                kind,
+                number(figures["n"]),
+                _with_interval(
+                    {
+                        **figures,
+                        "value_low": figures["low"],
+                        "value_high": figures["high"],
+                    },
+                    "value",
+                ),
+                number(figures["ties"]),
+                number(figures["identical"]),
+            )
+    return table
+
+
+def _states(states: Mapping[str, Any], entries: list[Mapping[str, Any]]) -> Table:
+    table = _table(
+        "Hidden states",
+        f"{states_line(states)} Norms: mean (std), at most "
+        f"{states['max_completions']:,} completions a set. before: before the final "
+        "norm. Compare effective ranks at one number of completions.",
+        [
+            "set",
+            "completions",
+            "|h|",
+            "|h| before",
+            "|h diff|",
+            "|h diff| before",
+            "eff. rank",
+            "before",
+        ],
+    )
+    keys = ("state_norm", "state_norm_before")
+    keys += ("difference_norm", "difference_norm_before")
+    for entry in entries:
+        m = entry["metrics"]
+        if "states_n" in m:
+            table.add_row(
+                entry["name"],
+                number(m["states_n"]),
+                *(_mean_and_std(m, key) for key in keys),
+                number(m["effective_rank"]),
+                number(m["effective_rank_before"]),
+            )
+    return table
+
+
+def _mean_and_std(metrics: Mapping[str, Any], key: str) -> str:
+    if metrics.get(f"{key}_mean") is None:
+        return number(None)
+    return f"{metrics[f'{key}_mean']:.4g} ({metrics[f'{key}_std']:.3g})"

@@ -1,5 +1,5 @@
-"""`rlhf-jax meta-reward`: MetaRM. Preference pairs and completions of the shifted policy
-in, a reward model's run directory out.
+"""`rlhf-jax meta-reward`: MetaRM. Preference pairs and completions of the shifted
+policy in, a reward model's run directory out.
 
 Read `run` from top to bottom: it is the reward program with another objective and with
 batches that also hold unlabelled completions, several to a prompt. `rounds` samples

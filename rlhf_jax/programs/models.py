@@ -280,7 +280,9 @@ def _convert(function: Callable[[Any], Any], params: Any, where: Where) -> Any:
 
 def _seed(path: pathlib.Path) -> int:
     """The seed of a run, which its random base came from if that is a preset."""
-    return int(yaml.safe_load((path / "config.yaml").read_text()).get("seed", 0))
+    config = yaml.safe_load((path / "config.yaml").read_text())
+    head = config.get("head_seed")
+    return int(config.get("seed", 0) if head is None else head)
 
 
 def _adapters(model: Any, where: Where, key: jax.Array) -> Any:
@@ -293,6 +295,11 @@ def _adapters(model: Any, where: Where, key: jax.Array) -> Any:
         )
 
     return _create(make, where)
+
+
+def load_tokenizer_of(spec: str) -> Any:
+    """The tokenizer of a model SPEC, without the model."""
+    return _tokenizer(resolve(spec), None)
 
 
 def _tokenizer(source: Source, spec: str | None) -> Any:

@@ -111,8 +111,9 @@ def check(
         takes = [p for p in parameters if name in p or _takes_all(p)]
         if columns[name] is not None and not takes:
             raise ValueError(
-                f"rows.columns.{name} {columns[name]!r}: neither loss {loss_text!r} nor "
-                "a regularizer uses it; take the column out, or choose one that does"
+                f"rows.columns.{name} {columns[name]!r}: neither loss {loss_text!r} "
+                "nor a regularizer uses it; take the column out, or choose one that "
+                "does"
             )
         needed = [p[name] for p in takes if name in p]
         if columns[name] is None and any(p.default is p.empty for p in needed):
@@ -123,8 +124,9 @@ def check(
     coupled = [text for text in regularizer_texts if couples(text)]
     if coupled and batch_size < 2:
         raise ValueError(
-            f"regularizers {coupled[0]!r}: couples the pairs of a batch, and batch_size "
-            f"is {batch_size}; use at least 2, or centring, which is what it would be"
+            f"regularizers {coupled[0]!r}: couples the pairs of a batch, and "
+            f"batch_size is {batch_size}; use at least 2, or centring, which is what it "
+            "would be"
         )
 
 

@@ -54,7 +54,8 @@ class RewardConfig:
     loss: str = "bradley_terry"
     """Loss of a pair, NAME[?OPTION=VALUE&...]: bradley_terry (label_smoothing), hinge
     (min_gap), normalised (eps), direct, scaled_bradley_terry, rao_kupper (log_theta);
-    plackett_luce on K-wise rows; or package.module:function of (chosen_rewards [Q], rejected_rewards [Q]) -> [Q]."""
+    plackett_luce on K-wise rows; or package.module:function of (chosen_rewards [Q],
+    rejected_rewards [Q]) -> [Q]."""
     regularizers: list[str] = dataclasses.field(default_factory=list)
     """Added to the loss, COEFFICIENT*NAME[?OPTION=VALUE&...]: batch_sum_to_zero (scale,
     num_groups), centring, squared_rewards, bounded_gap (bound); or
@@ -73,6 +74,8 @@ class RewardConfig:
     """Optimizer steps."""
     seed: int = 0
     """Seed of the head, the data order and dropout."""
+    head_seed: int | None = None
+    """Seed of a fresh head (and of random weights); null = seed."""
     train_only: Literal["all", "head"] = "all"
     """Leaves that are trained: all, or head (a linear probe). With lora.rank > 0 it is
     the adapters and the head."""
@@ -112,8 +115,9 @@ class RewardConfig:
             )
         if self.contrasts and self.batch_size < 2:
             raise ValueError(
-                f"contrastive.kind {self.contrastive.kind}: the other pairs of the batch "
-                f"are the negatives, and batch_size is {self.batch_size}; use 2 or more"
+                f"contrastive.kind {self.contrastive.kind}: the other pairs of the "
+                f"batch are the negatives, and batch_size is {self.batch_size}; use 2 "
+                "or more"
             )
         objectives.check(
             self.loss,
@@ -144,7 +148,8 @@ def run(config: RewardConfig) -> pathlib.Path:
     sets = configs.parse_named(config.eval_data, "--eval_data")
     custom = config.objective and configs.load_function(config.objective, "--objective")
     with training.opened(config) as (run_dir, mesh):
-        key = jax.random.key(config.seed)
+        seed = config.seed if config.head_seed is None else config.head_seed
+        key = jax.random.key(seed)
         model, params, tokenizer = load_reward_model(
             config.model, compute=config.compute, lora=config.lora, mesh=mesh, key=key
         )

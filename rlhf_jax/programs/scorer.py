@@ -1,12 +1,14 @@
 """What `score` and `evaluate` share: a loaded reward model as a function of texts.
 
 `open_scorer` loads model, tokenizer and template and jits one function;
-`Scorer.rewards` goes from (prompt, completion) to rewards through the one encode path.
+`Scorer.rewards` goes from (prompt, completion) to rewards through the one encode path,
+`Scorer.rewards_and_states` the same way to rewards and hidden states.
 A text that cannot be scored (too long, empty, refused by the template) is a `Refusal`
 with its reason, not an exception and never a cut text.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,6 +17,7 @@ import numpy as np
 
 from rlhf_jax.data.encode import EncodedCompletion, Encoder
 from rlhf_jax.evals import scoring
+from rlhf_jax.losses import statistics
 from rlhf_jax.models.config import ComputeConfig
 from rlhf_jax.programs import models
 from rlhf_jax.sharding import (
@@ -80,6 +83,10 @@ class Scorer:
     mesh: jax.sharding.Mesh
     random_head: bool = False
     """Whether the scores mean nothing: the source had no head."""
+    states_fn: scoring.StatesFn | None = None
+    """Rewards and states of a reward model that is at hand; None = rewards alone."""
+    head_norm: float | None = None
+    """|W| of its head."""
 
     def encode(
         self, prompt: Any, text: str, *, tools: list | None = None
@@ -114,6 +121,42 @@ class Scorer:
                 row_length=row_length,
             )
 
+    def rewards_and_states(
+        self,
+        encoded: Sequence[EncodedCompletion],
+        keep: np.ndarray,
+        progress: Callable[[int], None] | None = None,
+    ) -> scoring.ScoredStates:
+        """Rewards, and states of the completions `keep`; `scoring.score_with_states`.
+
+        Raises:
+            ValueError: see `check_states`.
+        """
+        self.check_states()
+        assert self.states_fn is not None
+        with jax.set_mesh(self.mesh):
+            return scoring.score_with_states(
+                self.states_fn,
+                encoded,
+                keep,
+                tokens_per_batch=self.tokens_per_batch,
+                rows_multiple_of=self.rows_multiple_of,
+                progress=progress,
+            )
+
+    def check_states(self) -> None:
+        """Refuses to give states where there is no model to read them from.
+
+        Raises:
+            ValueError: the scorer gives rewards alone.
+        """
+        if self.states_fn is None:
+            raise ValueError(
+                "states: this scorer gives rewards alone; expected a reward model of "
+                "this package (a run directory, a Hugging Face directory or a hub "
+                "id), whose states can be read; leave the states out"
+            )
+
 
 def open_scorer(spec: str, config: ScoringConfig, *, seed: int = 0) -> Scorer:
     """The reward model of `--model SPEC`, ready to score.
@@ -138,23 +181,29 @@ def open_scorer(spec: str, config: ScoringConfig, *, seed: int = 0) -> Scorer:
             rules=rules,
             key=jax.random.key(seed),
         )
-        apply = jax.jit(
-            lambda params, sequences, score_at: model.apply(
-                {"params": params}, sequences, score_at
-            )
-        )
+        apply = {
+            method: jax.jit(functools.partial(_apply, model, method))
+            for method in ("__call__", "rewards_and_states")
+        }
+        norm = float(jax.jit(statistics.head_norm)(params["head"]["kernel"]))
     where = batch_sharding(mesh, rules)
 
-    def score_fn(sequences: Any, score_at: Any) -> Any:
+    def call(method: str, sequences: Any, score_at: Any) -> Any:
         sequences, score_at = jax.device_put((sequences, score_at), where)
-        return apply(params, sequences, score_at)
+        return apply[method](params, sequences, score_at)
 
     return Scorer(
         encoder=Encoder(tokenizer, template=config.template),
-        score_fn=score_fn,
+        score_fn=functools.partial(call, "__call__"),
         max_length=config.max_length or model.config.max_position_embeddings,
         tokens_per_batch=config.tokens_per_batch,
         rows_multiple_of=batch_devices(mesh, rules),
         mesh=mesh,
         random_head=not source.reward,
+        states_fn=functools.partial(call, "rewards_and_states"),
+        head_norm=norm,
     )
+
+
+def _apply(model: Any, method: str, params: Any, sequences: Any, score_at: Any) -> Any:
+    return model.apply({"params": params}, sequences, score_at, method=method)

@@ -65,18 +65,18 @@ def run(config: OverOptimisationConfig) -> dict[str, Any]:
     """Runs what is not there yet; writes study.json and plots; prints the table."""
     root = pathlib.Path(config.run_dir)
     base = QuickstartConfig(run_dir=config.run_dir, sft_steps=config.sft_steps)
-    _once(sft.run, sft_config(base))
+    once(sft.run, sft_config(base))
     runs: dict[str, list[pathlib.Path]] = {}
     for seed in range(config.seeds):
         for bias in config.biases:
-            _once(reward.run, _reward(config, seed, bias))
+            once(reward.run, _reward(config, seed, bias))
             name = f"RLOO, no KL, bias {bias:g}"
             free = _rloo(config, seed, bias, kl_coef=0.0, steps=config.free_steps)
-            runs.setdefault(name, []).append(_once(rloo.run, free))
+            runs.setdefault(name, []).append(once(rloo.run, free))
         first = config.biases[0]
         kept = _rloo(config, seed, first, kl_coef=config.kl_coef, steps=config.steps)
-        runs.setdefault("RLOO", []).append(_once(rloo.run, kept))
-        runs.setdefault("PPO", []).append(_once(ppo.run, _ppo(config, seed, first)))
+        runs.setdefault("RLOO", []).append(once(rloo.run, kept))
+        runs.setdefault("PPO", []).append(once(ppo.run, _ppo(config, seed, first)))
     found = {name: summarise(paths) for name, paths in runs.items()}
     write_atomic(root / "study.json", json.dumps({"schema": 1, **found}, indent=1))
     free = {name: curve(paths) for name, paths in runs.items() if "no KL" in name}
@@ -87,7 +87,7 @@ def run(config: OverOptimisationConfig) -> dict[str, Any]:
     return found
 
 
-def _once(program: Callable[[Any], pathlib.Path], config: Any) -> pathlib.Path:
+def once(program: Callable[[Any], pathlib.Path], config: Any) -> pathlib.Path:
     """The run of a config, unless its report says that it is done."""
     path = pathlib.Path(config.run_dir)
     return path if (path / "report.html").exists() else program(config)

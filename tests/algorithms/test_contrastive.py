@@ -85,7 +85,7 @@ def test_filler_pairs_are_neither_scored_nor_negatives():
 
 
 @pytest.mark.parametrize(
-    ("kind", "on", "weight", "prototypes"),
+    ("kind", "items", "weight", "prototypes"),
     [
         ("simcse", "pairs", 1.0, 0),
         ("simcse", "differences", 1.0, 0),
@@ -93,8 +93,8 @@ def test_filler_pairs_are_neither_scored_nor_negatives():
         ("swav", "differences", 0.5, 20),
     ],
 )
-def test_defaults_are_the_papers(kind, on, weight, prototypes):
-    config = ContrastiveConfig(kind=kind, on=on)
+def test_defaults_are_the_papers(kind, items, weight, prototypes):
+    config = ContrastiveConfig(kind=kind, items=items)
     assert (config.weight, config.prototypes) == (weight, prototypes)
 
 

@@ -136,3 +136,43 @@ def test_a_row_length_holds_for_every_call_until_a_completion_is_longer():
 def test_an_empty_sequence_is_an_error():
     with pytest.raises(ValueError, match="completion 0: no token"):
         scoring.score(fake, [EncodedCompletion([], [])])
+
+
+@pytest.fixture(scope="module")
+def states_fn():
+    model, params = testing.tiny_reward_model()
+    return jax.jit(
+        lambda sequences, score_at: model.apply(
+            {"params": params}, sequences, score_at, method="rewards_and_states"
+        )
+    )
+
+
+@pytest.mark.parametrize("tokens_per_batch", [1, 300, 100_000])
+def test_states_of_packed_rows_equal_states_of_rows_alone(
+    states_fn, alone, tokens_per_batch
+):
+    items = completions()
+    keep = np.random.default_rng(0).permutation(len(items))[:17]
+    found = scoring.score_with_states(
+        states_fn, items, keep, tokens_per_batch=tokens_per_batch
+    )
+    np.testing.assert_allclose(found.rewards, alone, atol=1e-4)
+    assert found.before.shape == found.after.shape == (17, 32)
+    for place, index in enumerate(keep):
+        sequences, score_at, order = pack_completions(
+            [items[index]], layout="padded", row_length=72
+        )
+        _, before, after = states_fn(sequences, score_at)
+        for name, one in (("before", before), ("after", after)):
+            expected = np.asarray(one).reshape(-1, 32)[order[0]]
+            got = getattr(found, name)[place]
+            np.testing.assert_allclose(got, expected, atol=1e-4)
+
+
+def test_the_head_reads_the_state_after_the_norm(states_fn):
+    _, params = testing.tiny_reward_model()
+    items = completions()
+    found = scoring.score_with_states(states_fn, items, np.arange(len(items)))
+    rewards = found.after @ np.asarray(params["head"]["kernel"])
+    np.testing.assert_allclose(rewards, found.rewards, atol=1e-4)

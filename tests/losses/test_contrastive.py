@@ -107,5 +107,5 @@ def test_finite_with_gradients_in_bfloat16(scale):
         lambda h: simcse(h, states, ONES),
         lambda h: swav(h, states, CENTRES, ONES),
     ):
-        value, grad = jax.value_and_grad(lambda h: loss(h).sum())(states)
+        value, grad = jax.value_and_grad(lambda h, loss=loss: loss(h).sum())(states)
         assert np.isfinite(value) and np.isfinite(np.asarray(grad, np.float32)).all()

@@ -34,8 +34,8 @@ def test_the_official_gradient_of_every_reward_is_the_mean_reward():
     for copies in (1, 3):
         chosen, rejected = jnp.tile(CHOSEN, copies), jnp.tile(REJECTED, copies)
         ones = jnp.ones(len(chosen))
-        grads = jax.grad(lambda c, r: penalty(c, r, ones, scale="official"), (0, 1))(
-            chosen, rejected
+        grads = jax.grad(lambda c, r, w: penalty(c, r, w, scale="official"), (0, 1))(
+            chosen, rejected, ones
         )
         mean = float(np.mean([*CHOSEN, *REJECTED]))
         np.testing.assert_allclose(jnp.concatenate(grads), mean, rtol=1e-5)

@@ -229,6 +229,129 @@ def test_a_random_head_is_said_in_the_notes(tmp_path, with_report, capsys):
     assert "no trained reward head" in (tmp_path / "out" / "report.html").read_text()
 
 
+def contrasts(n=6):
+    """A reward that is length prefers the query's longer response, whatever I is."""
+    return [
+        {
+            "query": f"Sort {i}.",
+            "retrieval": f"Sort {i} 1 2.",
+            "query_response_k": "1 2 3",
+            "query_response_j": "1",
+            "retrieval_response_k": "1",
+            "retrieval_response_j": "2",
+        }
+        for i in range(n)
+    ]
+
+
+def test_contrast_instructions_of_a_length_model(tmp_path, with_report, capsys):
+    (tmp_path / "c.json").write_text(json.dumps([*contrasts(), {"query": "x"}]))
+    found = run(
+        tmp_path,
+        contrast_instructions=[f"sorts={tmp_path / 'c.json'}"],
+        contrast_prefix=["sorts=Do: "],
+    )["contrast_instructions"][0]
+    assert (found["name"], found["prefix"], found["n"]) == ("sorts", "Do: ", 6)
+    assert found["set_aside"] == {"malformed": 1}
+    query, retrieval = found["table"]["query"], found["table"]["retrieval"]
+    assert query["response"]["value"] == 1.0
+    assert query["instruction"]["value"] == 0.0
+    assert retrieval["response"]["value"] == 0.0
+    assert retrieval["instruction"]["value"] == 1.0
+    row = read(tmp_path / "out" / "scores" / "sorts.jsonl")[0]
+    assert row["query_own_reward"] > row["query_other_reward"]
+    assert row["retrieval_own_reward"] < row["retrieval_other_reward"]
+    assert row["retrieval_other_reward"] > row["query_own_reward"]
+    assert "Contrast Instructions" in capsys.readouterr().out
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "Contrast Instructions" in page
+    assert "sorts: 1 rows set aside: malformed" in page
+
+
+def test_the_prefix_reaches_the_model(tmp_path, fake):
+    (tmp_path / "c.json").write_text(json.dumps(contrasts(1)))
+    spec = [f"c={tmp_path / 'c.json'}"]
+    scores = []
+    for prefix in ([], ["c=Sort 1 1 1. "]):
+        run(tmp_path, contrast_instructions=spec, contrast_prefix=prefix)
+        row = read(tmp_path / "out" / "scores" / "c.jsonl")[0]
+        scores.append(row["query_own_reward"])
+    assert scores[1] > scores[0]
+
+
+def test_names_and_prefixes_of_contrast_sets_are_checked(tmp_path, fake):
+    spec = write(tmp_path / "p.jsonl", pairs(4))
+    with pytest.raises(ValueError, match="the name 'a' is a set of --eval_data"):
+        run(tmp_path, eval_data=[f"a={spec}"], contrast_instructions=[f"a={spec}"])
+    with pytest.raises(ValueError, match=r"--contrast_prefix 'b': expected .*\['a'\]"):
+        run(tmp_path, contrast_instructions=[f"a={spec}"], contrast_prefix=["b=x"])
+
+
+def test_states_are_refused_where_there_are_only_rewards(tmp_path, fake):
+    spec = write(tmp_path / "p.jsonl", pairs(4))
+    with pytest.raises(ValueError, match="states: this scorer gives rewards alone"):
+        run(tmp_path, eval_data=[f"val={spec}"], states=True)
+
+
+def test_states_without_eval_data_are_an_error():
+    with pytest.raises(ValueError, match="states: they are measured on eval_data"):
+        EvaluateConfig(model="m", out="o", rmbench="r.json", states=True)
+
+
+def figures_alone(one, rows):
+    """(before, after) of every pair's texts, each scored in a call of its own."""
+    states: list = [[], []]
+    for row in rows:
+        for text in (row["chosen"], row["rejected"]):
+            encoded = one.encode(row["prompt"], text)
+            found = one.rewards_and_states([encoded], np.arange(1))
+            states[0].append(found.before[0])
+            states[1].append(found.after[0])
+    return np.array(states[0], np.float64), np.array(states[1], np.float64)
+
+
+def test_states_of_a_tiny_model_flow_into_every_output(tmp_path, capsys, monkeypatch):
+    options = scorer.ScoringConfig(untrained_head=True, tokens_per_batch=512)
+    rows = pairs(10)
+    a = write(tmp_path / "a.jsonl", rows)
+    b = write(tmp_path / "b.jsonl", quads(3))
+    common = {"model": "tiny", "scoring": options, "bootstrap_samples": 20}
+    specs = [f"val={a}", f"quads={b}"]
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluate.report, "write_report", lambda out: out)
+        plain = run(tmp_path, eval_data=specs, **common)
+    found = run(tmp_path, eval_data=specs, states=True, **common)
+    assert "states" not in plain
+    assert "state_norm_mean" not in plain["sets"][0]["metrics"]
+    # The rewards are those of a run without states.
+    first, second = (entry["metrics"] for entry in found["sets"])
+    for key, value in plain["sets"][0]["metrics"].items():
+        assert first[key] == pytest.approx(value, abs=1e-4), key
+    one = scorer.open_scorer("tiny", options)
+    before, after = figures_alone(one, rows)
+    assert first["states_n"] == 20
+    for key, states in (("state_norm_before", before), ("state_norm", after)):
+        norms = np.sqrt((states**2).sum(1))
+        assert first[f"{key}_mean"] == pytest.approx(norms.mean(), rel=1e-4)
+        assert first[f"{key}_p99"] == pytest.approx(np.quantile(norms, 0.99), rel=1e-4)
+    apart = np.sqrt(((after[0::2] - after[1::2]) ** 2).sum(1))
+    assert first["difference_norm_mean"] == pytest.approx(apart.mean(), rel=1e-3)
+    s = np.linalg.svd(after, compute_uv=False)
+    p = s[s > 1e-6 * s[0]] / s.sum()
+    rank = np.exp(-(p * np.log(p)).sum())
+    assert first["effective_rank"] == pytest.approx(rank, rel=1e-3)
+    assert second["states_n"] == 12
+    assert "difference_norm_mean" not in second
+    means = [first["state_norm_before_mean"], second["state_norm_before_mean"]]
+    summary = found["states"]
+    assert summary["norm_dispersion_before"] == pytest.approx(np.std(means))
+    assert summary["head_norm"] == one.head_norm
+    assert "Norm of the head" in capsys.readouterr().out
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "Hidden states" in page
+    assert (tmp_path / "out" / "plots" / "state_norms.png").exists()
+
+
 @pytest.fixture
 def data_dir():
     folder = os.environ.get("RLHF_JAX_TEST_DATA")

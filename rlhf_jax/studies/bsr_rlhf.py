@@ -1,0 +1,175 @@
+"""`rlhf-jax study bsr-rlhf`: RLOO under a Bradley-Terry and under a BSR reward model.
+
+The BSR paper's downstream claim, on the testbed: for every seed one reward model of
+each kind, trained on the same pairs from the same policy, and one RLOO run under each,
+from that policy on the same prompts. Held-out gold and proxy reward, KL, length, and
+how often one policy's completion beats the other's by gold. Finished runs are read, not
+repeated.
+
+Source: Hong et al. 2025, arXiv:2505.07271, section 5 and figure 5.
+"""
+
+import dataclasses
+import json
+import pathlib
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from rlhf_jax.io.run_dir import write_atomic
+from rlhf_jax.programs import generate, reward, rloo, sft
+from rlhf_jax.programs.reinforcement import RLLoopConfig
+from rlhf_jax.sampling.generate import SamplingConfig
+from rlhf_jax.studies.over_optimisation import once, read
+from rlhf_jax.studies.quickstart import (
+    GOLD,
+    QuickstartConfig,
+    reward_config,
+    rloo_config,
+    sft_config,
+)
+from rlhf_jax.studies.statistics import interval, paired
+
+KINDS = {
+    "BT": [],
+    "BSR": ["1e-3*batch_sum_to_zero?scale=official&num_groups=devices"],
+}
+PROMPTS = "testbed:rl_val?size=512&seed=1"
+"""Prompts that judge; others than those that settings were chosen on."""
+
+
+@dataclasses.dataclass(frozen=True)
+class BsrRlhfConfig:
+    """RLOO under two reward models."""
+
+    run_dir: str = "runs/bsr-rlhf"
+    """Directory of the study; each run has its own inside."""
+    seeds: int = 8
+    """Reward models and RLOO runs of each kind."""
+    sft_steps: int = 500
+    """Optimizer steps of the one SFT policy."""
+    reward_steps: int = 300
+    """Optimizer steps of each reward model."""
+    steps: int = 60
+    """RLOO steps."""
+    kl_coef: float = 0.05
+    """Weight of the KL penalty: the paper's, low enough for a policy to outrun its
+    reward model."""
+    flip_rate: float = 0.1
+    """Share of training labels that are flipped."""
+
+
+def run(config: BsrRlhfConfig) -> dict[str, Any]:
+    """Runs what is not there yet; writes study.json; prints the table."""
+    root = pathlib.Path(config.run_dir)
+    base = QuickstartConfig(
+        run_dir=config.run_dir,
+        sft_steps=config.sft_steps,
+        reward_steps=config.reward_steps,
+        rloo_steps=config.steps,
+        flip_rate=config.flip_rate,
+    )
+    once(sft.run, sft_config(base))
+    found: dict[str, list[dict[str, float]]] = {kind: [] for kind in KINDS}
+    for seed in range(config.seeds):
+        texts = {}
+        for kind, regularizers in KINDS.items():
+            name = f"{kind.lower()}-{seed}"
+            model = f"{config.run_dir}/reward-{name}"
+            once(
+                reward.run,
+                dataclasses.replace(
+                    reward_config(dataclasses.replace(base, seed=seed)),
+                    run_dir=model,
+                    regularizers=regularizers,
+                ),
+            )
+            policy = once(rloo.run, _rloo(config, base, seed, name, model))
+            rows = read(policy)
+            found[kind].append(summarise(rows))
+            texts[kind] = _completions(policy)
+        for kind, other in (("BT", "BSR"), ("BSR", "BT")):
+            wins = [(a > b) + 0.5 * (a == b) for a, b in zip(texts[kind], texts[other])]
+            found[kind][-1]["win_rate"] = float(np.mean(wins))
+    write_atomic(root / "study.json", json.dumps({"schema": 1, **found}, indent=1))
+    Console(width=110).print(_table(found))
+    return found
+
+
+def _rloo(
+    config: BsrRlhfConfig, base: QuickstartConfig, seed: int, name: str, model: str
+) -> rloo.RlooConfig:
+    return dataclasses.replace(
+        rloo_config(base),
+        run_dir=f"{config.run_dir}/rloo-{name}",
+        reward=[model],
+        seed=seed,
+        eval_data=[f"val={PROMPTS}"],
+        loss=rloo.RlooLossConfig(kl_coef=config.kl_coef),
+        loop=RLLoopConfig(keep=1, save_every=config.steps, eval_every=config.steps),
+    )
+
+
+def _completions(policy: pathlib.Path) -> list[float]:
+    """Gold rewards of one sampled completion for each judging prompt."""
+    out = policy / "judged.jsonl"
+    if not out.exists():
+        generate.run(
+            generate.GenerateConfig(
+                model=str(policy),
+                data=[PROMPTS],
+                out=str(out),
+                gold=GOLD,
+                batch_size=128,
+                sampling=SamplingConfig(max_new_tokens=48),
+            )
+        )
+    lines = out.read_text(encoding="utf-8").splitlines()
+    return [float(json.loads(line)["gold"]) for line in lines]
+
+
+def summarise(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """Numbers of one RLOO run, from its metrics."""
+    judged = [row for row in rows if "eval/val/gold" in row]
+    gold = np.array([row["reward/gold"] for row in rows if "reward/gold" in row])
+    tenth = max(1, len(gold) // 10)
+    smooth = np.convolve(gold, np.ones(tenth) / tenth, "valid")
+    first, last = judged[0], judged[-1]
+    return {
+        "gold_before": first["eval/val/gold"],
+        "gold": last["eval/val/gold"],
+        "gold_gain": last["eval/val/gold"] - first["eval/val/gold"],
+        "below_peak": float(smooth.max() - smooth[-1]),
+        "proxy_gain": (last["eval/val/proxy"] - first["eval/val/proxy"])
+        / rows[1]["reward/proxy_std"],
+        "kl": float(np.mean([r["policy/kl"] for r in rows if "policy/kl" in r][-10:])),
+        "length": last["eval/val/length"],
+    }
+
+
+_MEANING = {
+    "gold": "gold reward after RLOO",
+    "gold_gain": "gold gain over SFT",
+    "below_peak": "gold below its peak in training",
+    "proxy_gain": "proxy gain, in its own standard deviations",
+    "kl": "KL to SFT, last ten steps (nats)",
+    "length": "completion length (tokens)",
+    "win_rate": "win rate against the other, by gold",
+}
+
+
+def _table(found: dict[str, list[dict[str, float]]]) -> Table:
+    table = Table(title=f"RLOO under two reward models, {len(found['BT'])} seeds")
+    for name in ("", "BT", "BSR", "BSR - BT, paired"):
+        table.add_column(name, justify="right" if name else "left")
+    for key, meaning in _MEANING.items():
+        values = {kind: [r[key] for r in results] for kind, results in found.items()}
+        table.add_row(
+            meaning,
+            str(interval(values["BT"])),
+            str(interval(values["BSR"])),
+            str(paired(values["BSR"], values["BT"])),
+        )
+    return table

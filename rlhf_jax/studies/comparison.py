@@ -1,0 +1,148 @@
+"""Reward models under several objectives, side by side on the four disjoint scenarios.
+
+`compare` trains one model for each objective and seed on the same pairs in the same
+order and from the same weights, so that differences are paired. `scenarios` and
+`contrastive` are its uses. Results are kept seed by seed: a stopped study goes on.
+"""
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from rich.table import Table
+
+from rlhf_jax.algorithms.update import Objective
+from rlhf_jax.io.run_dir import write_atomic
+from rlhf_jax.studies import world as worlds
+from rlhf_jax.studies.quickstart import SCENARIOS
+from rlhf_jax.studies.statistics import interval, paired
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """An objective, and the world whose model it trains."""
+
+    world: worlds.World
+    objective: Objective
+    extra: Callable[[int], dict[str, Any]] = lambda seed: {}
+    """Leaves that training adds to the parameters, by seed."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ComparisonConfig:
+    """Sizes of a comparison."""
+
+    run_dir: str
+    """Directory of the study."""
+    seeds: int = 8
+    """Repetitions, each with its own pairs, heads and orders."""
+    pairs: int = 8000
+    """Training pairs."""
+    flip_rate: float = 0.1
+    """Share of the labels that are flipped."""
+    steps: int = 250
+    """Optimizer steps of every reward model."""
+    eval_rows: int = 500
+    """Pairs, and quads, of each scenario."""
+    sft_steps: int = 500
+    """Of the policy that all reward models start from."""
+
+
+def compare(
+    config: Any,
+    make_methods: Callable[[pathlib.Path], Mapping[str, Method]],
+    *,
+    train_rows: Callable[[int], Sequence[Mapping[str, Any]]] | None = None,
+) -> dict[str, list[dict[str, Any]]]:
+    """Results of every method, a dict a seed.
+
+    Args:
+        config: a ComparisonConfig or a subclass.
+        make_methods: directory of the study -> methods by name; called only if there is
+            something to train.
+        train_rows: seed -> training rows; None = testbed pairs by the config.
+
+    Returns:
+        By method, for each seed: `accuracy/SCENARIO`, `tau/SCENARIO`, `head_norm`,
+        `reward_std`.
+    """
+    root = pathlib.Path(config.run_dir)
+    settings = {k: v for k, v in dataclasses.asdict(config).items() if k != "seeds"}
+    found: dict[str, list[dict[str, Any]]] = {}
+    methods: Mapping[str, Method] | None = None
+    trainers: dict[str, Callable[..., Any]] = {}
+    for seed in range(config.seeds):
+        path = root / f"seed-{seed}.json"
+        kept = json.loads(path.read_text()) if path.exists() else {}
+        if kept.get("settings") != settings:
+            if methods is None:
+                methods = make_methods(root)
+                trainers = {
+                    name: worlds.trainer(method.objective, steps=config.steps)
+                    for name, method in methods.items()
+                }
+            results = {
+                name: _one(config, method, trainers[name], seed, train_rows)
+                for name, method in methods.items()
+            }
+            kept = {"settings": settings, "results": results}
+            write_atomic(path, json.dumps(kept))
+        for name, result in kept["results"].items():
+            found.setdefault(name, []).append(result)
+    write_atomic(root / "study.json", json.dumps({"schema": 1, **found}, indent=1))
+    return found
+
+
+def _one(
+    config: ComparisonConfig,
+    method: Method,
+    train: Callable[..., Any],
+    seed: int,
+    train_rows: Callable[[int], Sequence[Mapping[str, Any]]] | None,
+) -> dict[str, float]:
+    world = method.world
+    options = {"size": config.pairs, "seed": seed, "flip_rate": config.flip_rate}
+    rows = train_rows(seed) if train_rows else worlds.rows("train", **options)
+    start = world.start(seed) | method.extra(seed)
+    params = train(world, start, world.pairs(rows), seed)
+    params = {name: params[name] for name in ("backbone", "head")}
+    result = {"head_norm": float(jax.numpy.linalg.norm(params["head"]["kernel"]))}
+    size = {"size": config.eval_rows, "seed": seed}
+    for name in SCENARIOS:
+        pairs = world.pairs(worlds.rows(name, **size))
+        chosen, rejected = world.rewards([params], pairs)
+        right = (chosen > rejected) + 0.5 * (chosen == rejected)
+        result[f"accuracy/{name}"] = float(right.mean())
+        result[f"reward_std/{name}"] = float(np.concatenate([chosen, rejected]).std())
+        result[f"reward_mean/{name}"] = float(np.concatenate([chosen, rejected]).mean())
+        quads = worlds.rows(f"quads_{name}", **size)
+        result[f"tau/{name}"] = worlds.kendall_tau(world, params, quads)
+    return result
+
+
+def table(
+    found: Mapping[str, Sequence[Mapping[str, float]]],
+    metric: str,
+    title: str,
+    *,
+    base: str = "BT",
+) -> Table:
+    """One row a method, one column a scenario: mean over seeds, and below it the paired
+    difference from `base` with its 95 % interval."""
+    shown = Table(title=title, show_lines=True)
+    shown.add_column("objective")
+    for name in SCENARIOS:
+        shown.add_column(name, justify="right")
+    for method, results in found.items():
+        cells = []
+        for name in SCENARIOS:
+            values = [r[f"{metric}/{name}"] for r in results]
+            before = [r[f"{metric}/{name}"] for r in found[base]]
+            against = "" if method == base else f"\n{paired(values, before)}"
+            cells.append(f"{str(interval(values))[1:]}{against}")
+        shown.add_row(method, *cells)
+    return shown

@@ -1,0 +1,60 @@
+"""`rlhf-jax study scenarios`: BT, hinge, norm, DR and BSR on the four disjoint
+scenarios of the testbed: accuracy on pairs and Kendall's tau on quads, paired over
+seeds.
+
+Controls: BSR on other losses, and squared rewards, which bound what BSR leaves free.
+
+Source: Hong et al. 2025, arXiv:2505.07271, table 5, and its ablations.
+"""
+
+import dataclasses
+import pathlib
+from typing import Any
+
+from rich.console import Console
+
+from rlhf_jax.algorithms.reward_model import reward_objective
+from rlhf_jax.losses import preference, regularizers
+from rlhf_jax.studies import world as worlds
+from rlhf_jax.studies.comparison import ComparisonConfig, Method, compare, table
+
+BSR = (regularizers.batch_sum_to_zero, 1e-3 * worlds.BATCH_SIZE)
+"""The published form: lambda 1e-3 times the pairs of the batch, on one device."""
+TERMS: dict[str, dict[str, Any]] = {
+    "BT": {},
+    "hinge": {"loss": preference.hinge},
+    "norm": {"loss": preference.normalised},
+    "DR": {"loss": preference.direct},
+    "BSR": {"regularizers": [BSR]},
+    "hinge + BSR": {"loss": preference.hinge, "regularizers": [BSR]},
+    "DR + BSR": {"loss": preference.direct, "regularizers": [BSR]},
+    "BT + L2": {"regularizers": [(regularizers.squared_rewards, 1e-2)]},
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class ScenariosConfig(ComparisonConfig):
+    """Objectives on the four disjoint scenarios."""
+
+    run_dir: str = "runs/scenarios"
+    """Directory of the study."""
+
+
+def run(config: ScenariosConfig) -> dict[str, Any]:
+    """Trains what is not there yet; writes study.json; prints the tables."""
+
+    def methods(root: pathlib.Path) -> dict[str, Method]:
+        world = worlds.open_world(root / "sft", sft_steps=config.sft_steps)
+        return {
+            name: Method(world, reward_objective(world.apply(), **terms))
+            for name, terms in TERMS.items()
+        }
+
+    found = compare(config, methods)
+    console = Console(width=130)
+    console.print(
+        table(found, "accuracy", "accuracy on pairs, against the gold reward")
+    )
+    console.print(table(found, "tau", "Kendall's tau on quads"))
+    console.print(table(found, "reward_std", "standard deviation of the rewards"))
+    return found
