@@ -88,6 +88,11 @@ STUDIES = {
         "DenoiseConfig",
         "flipped labels found by preference strength, and what cleaning is worth",
     ),
+    "meta-reward": Program(
+        "rlhf_jax.studies.meta_reward",
+        "MetaStudyConfig",
+        "MetaRM beside Bradley-Terry on completions of a shifted policy",
+    ),
     "scenarios": Program(
         "rlhf_jax.studies.scenarios",
         "ScenariosConfig",

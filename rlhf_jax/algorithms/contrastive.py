@@ -131,11 +131,9 @@ def contrastive_objective(
         ]
         scored = [score(*pair_values(rewards, batch), batch) for rewards, _ in views]
         pair_loss = scored[0][0] + scored[1][0]
-        items = [
-            _items(*pair_values(hidden, batch), differences) for _, hidden in views
-        ]
+        items = [_items(h, batch, differences) for _, h in views]
         weight = jnp.tile(batch.weight.reshape(-1), 2)
-        extra = weighted_mean(contrast(params, *items, weight), weight)
+        extra = weighted_mean(contrast(params, items[0], items[1], weight), weight)
         added = coefficient * extra.total
         metrics = {name: m + scored[1][1][name] for name, m in scored[0][1].items()}
         total = jnp.abs(pair_loss.total) + jnp.abs(added)
@@ -148,7 +146,9 @@ def contrastive_objective(
     return objective
 
 
-def _items(chosen: jax.Array, rejected: jax.Array, differences: bool) -> jax.Array:
+def _items(hidden: jax.Array, batch: PreferenceBatch, differences: bool) -> jax.Array:
+    """[2Q D] from the states of all score slots."""
+    chosen, rejected = pair_values(hidden, batch)
     if differences:
         return jnp.concatenate([chosen - rejected, rejected - chosen])
     return jnp.concatenate([chosen, rejected])

@@ -47,16 +47,17 @@ class PairDataset:
     def of(cls, pairs: Iterable[EncodedPair], *, pad_id: int = 0) -> "PairDataset":
         """A dataset of these pairs."""
         pairs = list(pairs)
+        columns: Any = {
+            name: _column([getattr(pair, name) for pair in pairs], name)
+            for name in PAIR_COLUMNS
+        }
         parts = [part for p in pairs for part in (p.prompt, p.chosen, p.rejected)]
         return cls(
             tokens=flatten(parts),
             lengths=np.array([len(part) for part in parts], np.int64).reshape(-1, 3),
             where=[pair.where for pair in pairs],
             source_row=np.full(len(pairs), -1, np.int64),
-            **{
-                name: _column([getattr(pair, name) for pair in pairs], name)
-                for name in PAIR_COLUMNS
-            },
+            **columns,
             weight=np.array([pair.weight for pair in pairs], np.float32),
             pad_id=pad_id,
         )

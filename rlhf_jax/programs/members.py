@@ -7,6 +7,7 @@ one in a fraction of the memory (docs/results.md). For models of which one fills
 machine, train runs of `reward`; `strength` does so.
 """
 
+import dataclasses
 import functools
 import itertools
 from collections.abc import Callable, Iterator, Sequence
@@ -98,12 +99,14 @@ def stack_batches(batches: Sequence[PreferenceBatch]) -> PreferenceBatch:
     """
     rows = max(batch.score_at.shape[0] for batch in batches)
 
-    def pad(x: np.ndarray) -> np.ndarray:
+    def pad(x: Any) -> Any:
         return np.pad(x, ((0, rows - x.shape[0]), (0, 0)))
 
     padded = [
-        batch.replace(
-            sequences=jax.tree.map(pad, batch.sequences), score_at=pad(batch.score_at)
+        dataclasses.replace(
+            batch,
+            sequences=jax.tree.map(pad, batch.sequences),
+            score_at=pad(batch.score_at),
         )
         for batch in batches
     ]

@@ -125,7 +125,7 @@ def check(
     if coupled and batch_size < 2:
         raise ValueError(
             f"regularizers {coupled[0]!r}: couples the pairs of a batch, and "
-            f"batch_size is {batch_size}; use at least 2, or centring, which is what it "
+            f"batch_size is {batch_size}; use 2 or more, or centring, which is what it "
             "would be"
         )
 

@@ -205,7 +205,9 @@ def _rewards(
                     compute=config.compute,
                     mesh=config.mesh,
                 )
-                texts = [encoded[2 * n + side] for n in judged for side in (0, 1)]
+                texts = [
+                    encoded[2 * n + side] for n in judged.tolist() for side in (0, 1)
+                ]
                 np.save(kept, open_scorer(str(folder), scoring).rewards(texts))
             rewards[judged, :, member] = np.load(kept).reshape(-1, 2)
     return rewards[:, 0], rewards[:, 1]

@@ -13,7 +13,7 @@ Source: Wang et al. 2024, arXiv:2401.06080, section 2.
 import dataclasses
 import json
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -85,20 +85,22 @@ def run(config: DenoiseConfig) -> dict[str, Any]:
     return {"seeds": results}
 
 
-def _results(config: DenoiseConfig, root: pathlib.Path) -> Any:
+def _results(
+    config: DenoiseConfig, root: pathlib.Path
+) -> Iterator[tuple[int, dict[str, Any]]]:
     settings = {k: v for k, v in dataclasses.asdict(config).items() if k != "seeds"}
-    world = None
+    tools = None
     for seed in range(config.seeds):
         path = root / f"seed-{seed}.json"
-        if path.exists() and json.loads(path.read_text())["settings"] == settings:
-            yield seed, json.loads(path.read_text())
-            continue
-        if world is None:
-            world = worlds.open_world(root / "sft", sft_steps=config.sft_steps)
-            train = worlds.trainer(reward_objective(world.apply()), steps=config.steps)
-        found = _one(config, world, train, seed, root)
-        write_atomic(path, json.dumps({"settings": settings, **found}))
-        yield seed, json.loads(path.read_text())
+        kept = json.loads(path.read_text()) if path.exists() else {}
+        if kept.get("settings") != settings:
+            if tools is None:
+                world = worlds.open_world(root / "sft", sft_steps=config.sft_steps)
+                objective = reward_objective(world.apply())
+                tools = world, worlds.trainer(objective, steps=config.steps)
+            kept = {"settings": settings, **_one(config, *tools, seed, root)}
+            write_atomic(path, json.dumps(kept))
+        yield seed, kept
 
 
 def _one(

@@ -1,7 +1,7 @@
 """Means and paired differences over seeds, with Student's intervals."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import scipy.stats
@@ -45,4 +45,5 @@ def paired(values: Sequence[float], base: Sequence[float]) -> Paired:
     mean, half = interval(difference.tolist())
     if len(difference) < 2 or not difference.std():
         return Paired(mean, half, float("nan"))
-    return Paired(mean, half, float(scipy.stats.ttest_1samp(difference, 0.0).pvalue))
+    test: Any = scipy.stats.ttest_1samp(difference, 0.0)
+    return Paired(mean, half, float(test.pvalue))
