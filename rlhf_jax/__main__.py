@@ -38,6 +38,11 @@ PROGRAMS = {
         "MetaRewardConfig",
         "a reward model that tells a shifted policy's completions apart (MetaRM)",
     ),
+    "meta-rounds": Program(
+        "rlhf_jax.programs.meta_rounds",
+        "MetaRoundsConfig",
+        "rounds of sampling, meta-reward and RL",
+    ),
     "strength": Program(
         "rlhf_jax.programs.strength",
         "StrengthConfig",
@@ -92,6 +97,16 @@ STUDIES = {
         "rlhf_jax.studies.meta_reward",
         "MetaStudyConfig",
         "MetaRM beside Bradley-Terry on completions of a shifted policy",
+    ),
+    "detectors": Program(
+        "rlhf_jax.studies.detectors",
+        "DetectorsConfig",
+        "which signal finds flipped labels, with how many reward models",
+    ),
+    "ablation": Program(
+        "rlhf_jax.studies.ablation",
+        "AblationConfig",
+        "flip, margin and SimCSE together, and each taken out in turn",
     ),
     "scenarios": Program(
         "rlhf_jax.studies.scenarios",

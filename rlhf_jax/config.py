@@ -46,6 +46,23 @@ def parse(config_type: type[T], argv: list[str], *, prog: str) -> T:
         parser.error(str(error))
 
 
+def load(config_type: type[T], path: str | None, values: dict[str, Any]) -> T:
+    """The config of a YAML file, with some values given; like `parse` in all else.
+
+    Args:
+        config_type: see `parse`.
+        path: of the file; None = defaults.
+        values: strings, numbers and lists by top-level key; None and [] = not given.
+    """
+    argv = [] if path is None else ["--config", path]
+    for name, value in values.items():
+        if value is not None and value != []:
+            argv.append(
+                f"--{name}={value if isinstance(value, str) else json.dumps(value)}"
+            )
+    return parse(config_type, argv, prog=f"rlhf-jax ({path or config_type.__name__})")
+
+
 def to_dict(config: Any) -> dict[str, Any]:
     """The config as plain YAML-able values (tuples become lists)."""
     return json.loads(json.dumps(dataclasses.asdict(config)))

@@ -94,7 +94,7 @@ def init_prototypes(count: int, width: int, key: jax.Array) -> dict[str, jax.Arr
 
 
 def contrastive_objective(
-    apply: Callable[..., tuple[jax.Array, jax.Array]],
+    apply: Callable[..., tuple[jax.Array, ...]],
     *,
     contrast: Callable[[Any, jax.Array, jax.Array, jax.Array], jax.Array],
     coefficient: float = 1.0,
@@ -105,8 +105,8 @@ def contrastive_objective(
     """An objective (params, PreferenceBatch, key) -> (Mean, metrics).
 
     Args:
-        apply: (params, sequences, score_at, key) -> (rewards [B S], hidden [B S D]),
-            with dropout drawn from the key.
+        apply: (params, sequences, score_at, key) -> (rewards [B S], ..., hidden
+            [B S D]), with dropout drawn from the key; what is between is not read.
         contrast: (params, first [N D], second [N D], weight [N]) -> losses [N].
         coefficient: beta; 1 for SimCSE, 0.1 for SwAV on pairs and 0.5 on differences.
         differences: the items are h_chosen - h_rejected and its negative, instead of
@@ -129,9 +129,9 @@ def contrastive_objective(
             apply(params, batch.sequences, batch.score_at, view_key)
             for view_key in jax.random.split(key)
         ]
-        scored = [score(*pair_values(rewards, batch), batch) for rewards, _ in views]
+        scored = [score(*pair_values(rewards, batch), batch) for rewards, *_ in views]
         pair_loss = scored[0][0] + scored[1][0]
-        items = [_items(h, batch, differences) for _, h in views]
+        items = [_items(h, batch, differences) for *_, h in views]
         weight = jnp.tile(batch.weight.reshape(-1), 2)
         extra = weighted_mean(contrast(params, items[0], items[1], weight), weight)
         added = coefficient * extra.total

@@ -243,30 +243,15 @@ def pair_metrics(
 
 def reward_states_apply(
     model: RewardModel, *, deterministic: bool
-) -> Callable[..., tuple[jax.Array, jax.Array]]:
-    """(params, sequences, score_at, key) -> (rewards [B S], states [B S D]).
-
-    The states are those that the head reads, after the final norm.
+) -> Callable[..., tuple[jax.Array, jax.Array, jax.Array]]:
+    """(params, sequences, score_at, key) -> (rewards [B S], states before the final
+    norm [B S D], after it [B S D]); the head reads the latter.
 
     Args:
         model: the module.
         deterministic: False draws the dropout masks from the key.
     """
-
-    def apply(
-        params: Any, sequences: Sequences, score_at: jax.Array, key: jax.Array
-    ) -> tuple[jax.Array, jax.Array]:
-        results: Any = model.apply(
-            {"params": params},
-            sequences,
-            score_at,
-            deterministic=deterministic,
-            rngs=None if deterministic else {"dropout": key},
-            method="rewards_and_states",
-        )
-        return results[0], results[2]
-
-    return apply
+    return _applied(model, deterministic, "rewards_and_states")
 
 
 def reward_apply(
@@ -278,17 +263,20 @@ def reward_apply(
         model: the module.
         deterministic: False draws the dropout masks from the key.
     """
+    return _applied(model, deterministic, "__call__")
 
+
+def _applied(model: RewardModel, deterministic: bool, method: str) -> Any:
     def apply(
         params: Any, sequences: Sequences, score_at: jax.Array, key: jax.Array
-    ) -> jax.Array:
-        rewards: Any = model.apply(
+    ) -> Any:
+        return model.apply(
             {"params": params},
             sequences,
             score_at,
             deterministic=deterministic,
             rngs=None if deterministic else {"dropout": key},
+            method=method,
         )
-        return rewards
 
     return apply

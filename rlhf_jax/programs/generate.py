@@ -7,6 +7,7 @@ prompt, `--report DIR` adds the best-of-n curve.
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import pathlib
 import sys
@@ -44,6 +45,9 @@ class GenerateConfig:
     """JSON lines file to write, or - for stdout: one line a completion."""
     overwrite: bool = False
     """Replace `out` where it exists."""
+    grouped: bool = False
+    """Write one line a prompt, with its completions as `responses`: what --shifted of
+    meta-reward and K-wise data take. Needs sampling.num_samples above 1."""
     reward: list[str] = dataclasses.field(default_factory=list)
     """[WEIGHT*]SPEC of a reward model, package.module:function or http://...: adds
     reward; repeat to add."""
@@ -76,6 +80,11 @@ class GenerateConfig:
             raise ValueError("data: expected at least one --data SPEC")
         if self.batch_size < 1:
             raise ValueError(f"batch_size: expected at least 1, got {self.batch_size}")
+        if self.grouped and self.sampling.num_samples < 2:
+            raise ValueError(
+                f"grouped: expected sampling.num_samples above 1 with it, got "
+                f"{self.sampling.num_samples}"
+            )
         enough = self.reward and self.gold and self.sampling.num_samples > 1
         if self.report is not None and not enough:
             raise ValueError(
@@ -135,7 +144,8 @@ def run(config: GenerateConfig) -> int:
             found = {name: xp.score(judge, texts)[0] for name, judge in judges.items()}
             for name, values in found.items():
                 scores[name].append(values)
-            for line in _lines(texts, rollout, found, config.sampling.num_samples):
+            lines = _lines(texts, rollout, found, config.sampling.num_samples)
+            for line in _grouped(lines) if config.grouped else lines:
                 out.write(json.dumps(line, ensure_ascii=False, default=str) + "\n")
             out.flush()
             written += keep
@@ -174,6 +184,38 @@ def _lines(
             "sampling_logprob": float(rollout.sampling_logprobs[m][real].sum()),
             **{name: float(values[m]) for name, values in found.items()},
         }
+
+
+def _grouped(lines: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """One line a prompt: the row, and `responses` with text, score (the gold reward)
+    and reward, where there are some.
+
+    Completions without text, which no reward model can read, are left out and counted;
+    so is a prompt that keeps fewer than two.
+    """
+    names = ("num_tokens", "stopped", "logprob", "sampling_logprob", "sample")
+    group: list[dict[str, Any]] = []
+    for line in itertools.chain(lines, [{"sample": 0}]):
+        if line["sample"] == 0 and group:
+            written = [one for one in group if one["completion"].strip()]
+            if len(written) < len(group):
+                print(
+                    f"{len(group) - len(written)} of {len(group)} completions without "
+                    f"text: {str(group[0]['prompt'])[:60]!r}",
+                    file=sys.stderr,
+                )
+            if len(written) > 1:
+                row = {k: v for k, v in group[0].items() if k not in names}
+                for name in ("completion", "reward", "gold"):
+                    row.pop(name, None)
+                yield row | {"responses": [_response(one) for one in written]}
+            group = []
+        group.append(line)
+
+
+def _response(line: dict[str, Any]) -> dict[str, Any]:
+    columns = {"completion": "text", "gold": "score", "reward": "reward"}
+    return {new: line[old] for old, new in columns.items() if old in line}
 
 
 def _best_of_n(config: GenerateConfig, scores: dict[str, list[np.ndarray]]) -> None:

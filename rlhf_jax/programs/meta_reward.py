@@ -17,12 +17,14 @@ import jax
 from jax.sharding import Mesh
 
 from rlhf_jax import config as configs
+from rlhf_jax.algorithms.diagnostics import diagnosed_objective
 from rlhf_jax.algorithms.meta_reward import meta_objective, spread_objective
 from rlhf_jax.algorithms.optimizer import OptimizerConfig
 from rlhf_jax.algorithms.reward_model import (
     over_micro_batches,
     reward_apply,
     reward_objective,
+    reward_states_apply,
 )
 from rlhf_jax.algorithms.update import Objective
 from rlhf_jax.data import prepare
@@ -188,7 +190,9 @@ def run(config: MetaRewardConfig) -> pathlib.Path:
             make_objective=make_objective,
             headline="accuracy",
             coupled=functools.partial(make_objective, stacked=True),
-            evaluated=reward_objective(reward_apply(model, deterministic=True)),
+            evaluated=diagnosed_objective(
+                reward_states_apply(model, deterministic=True), **terms
+            ),
             batches=lambda start: meta_batches(
                 config, data.train, shifted, mesh, start_row=start
             ),

@@ -21,6 +21,7 @@ from rlhf_jax.algorithms.contrastive import (
     init_prototypes,
     make_contrast,
 )
+from rlhf_jax.algorithms.diagnostics import diagnosed_objective
 from rlhf_jax.algorithms.optimizer import OptimizerConfig
 from rlhf_jax.algorithms.reward_model import (
     over_micro_batches,
@@ -167,7 +168,6 @@ def run(config: RewardConfig) -> pathlib.Path:
             fresh = init_prototypes(count, width, jax.random.fold_in(key, 1))
             params = params | {"prototypes": fresh}
         make_objective = custom or _make_objective(config, batch_devices(mesh))
-        plain = reward_apply(model, deterministic=True)
 
         def objective(deterministic: bool, stacked: bool = False) -> Objective:
             apply = reward_apply if not config.contrasts else reward_states_apply
@@ -189,20 +189,18 @@ def run(config: RewardConfig) -> pathlib.Path:
             coupled=functools.partial(objective, stacked=True)
             if config.couples
             else None,
-            evaluated=_evaluated(config, plain, batch_devices(mesh)),
+            evaluated=_evaluated(config, model, batch_devices(mesh)),
         )
     return run_dir
 
 
-def _evaluated(
-    config: RewardConfig, apply: Callable[..., Any], devices: int
-) -> Objective | None:
-    """What evaluation sets are judged by; None = as in training."""
-    if config.ranks:
-        return reward_objective(apply)
-    if config.contrasts:
-        return reward_objective(apply, **_terms(config, devices))
-    return None
+def _evaluated(config: RewardConfig, model: Any, devices: int) -> Objective | None:
+    """What evaluation sets are judged by; None = the user's own objective."""
+    if config.objective is not None:
+        return None
+    apply = reward_states_apply(model, deterministic=True)
+    terms = {} if config.ranks else _terms(config, devices)
+    return diagnosed_objective(apply, **terms)
 
 
 def _terms(config: RewardConfig, devices: int) -> dict[str, Any]:

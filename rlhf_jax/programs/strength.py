@@ -11,14 +11,17 @@ every pair, and from these
     warm/            the members' average as one model (WARM), in Hugging Face's format
 
 Members are finished one after the other; a stopped run goes on where it was. With
-`folds` every pair is scored by members that never saw it.
+`at_once` they are trained together, vmapped, in one process: for models of which many
+fit in memory. With `folds` every pair is scored by members that never saw it.
 
 Source: Wang et al. 2024, arXiv:2401.06080, sections 2.2-2.3; arXiv:2401.12187 (WARM).
 """
 
 import dataclasses
 import json
+import math
 import pathlib
+import shutil
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -28,7 +31,12 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from rlhf_jax.algorithms.optimizer import OptimizerConfig
+from rlhf_jax.algorithms.optimizer import (
+    OptimizerConfig,
+    make_optimizer,
+    make_schedule,
+)
+from rlhf_jax.algorithms.reward_model import reward_apply, reward_objective
 from rlhf_jax.curation.clean import ACTIONS, CleanConfig, changed_row, decide
 from rlhf_jax.curation.strength import Strength, strength
 from rlhf_jax.data import prepare, sources, specs
@@ -68,6 +76,9 @@ class StrengthConfig:
     folds: int = 0
     """Cut the pairs into this many parts and score each with members that were trained
     on the others; 0 = score the pairs that were trained on, as the paper does."""
+    at_once: bool = False
+    """Train all members of a fold together (vmap) on one device; a stop then loses the
+    fold that is being trained."""
     standardise: bool = False
     """Divide each member's reward differences by their root mean square."""
     clean: CleanConfig = CleanConfig()
@@ -106,6 +117,11 @@ class StrengthConfig:
             )
         if self.folds == 1 or self.folds < 0:
             raise ValueError(f"folds: expected 0 or at least 2, got {self.folds}")
+        if self.at_once and (self.lora.rank or self.accum_steps > 1):
+            raise ValueError(
+                "at_once: trains whole models in single batches; leave out lora.rank "
+                "and accum_steps, or at_once"
+            )
         if self.steps is not None and self.steps < 1:
             raise ValueError(f"steps: expected at least 1, got {self.steps}")
         if self.rows.over_long == "truncate_prompt":
@@ -138,7 +154,7 @@ def run(config: StrengthConfig) -> pathlib.Path:
         rows = [dict(source[int(n)][0]) for n in dataset.source_row]
         _check_columns(rows, dataset, config)
         fold = np.arange(len(rows)) % max(config.folds, 1)
-        chosen, rejected = _rewards(config, root, rows, dataset, fold)
+        chosen, rejected = _rewards(config, root, rows, dataset, fold, encoder)
         found = strength(chosen, rejected, standardise=config.standardise)
         actions = decide(found, config.clean)
         _write(root, rows, found, (chosen, rejected), actions, config)
@@ -180,6 +196,7 @@ def _rewards(
     rows: Sequence[dict[str, Any]],
     dataset: PairDataset,
     fold: np.ndarray,
+    encoder: Encoder,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Rewards [Q M] of chosen and rejected, each row by members allowed to judge it."""
     rewards = np.zeros((len(rows), 2, config.members), np.float32)
@@ -192,13 +209,19 @@ def _rewards(
             path.parent.mkdir(exist_ok=True)
             write_jsonl(path, (rows[n] for n in np.flatnonzero(fold != part)))
             spec = str(path)
-        for member in range(config.members):
-            name = f"{part}-{member}" if config.folds else str(member)
-            folder = root / "members" / name
+        names = [
+            f"{part}-{m}" if config.folds else f"{m}" for m in range(config.members)
+        ]
+        folders = [root / "members" / name for name in names]
+        missing = [f for f in folders if not (f / "rewards.npy").exists()]
+        if config.at_once and missing:
+            _train_together(config, folders, spec, encoder)
+        for member, folder in enumerate(folders):
             kept = folder / "rewards.npy"
             if not kept.exists():
-                training.say(f"member {name}")
-                reward.run(_member(config, folder, spec, member))
+                training.say(f"member {folder.name}")
+                if not config.at_once:
+                    reward.run(_member(config, folder, spec, member))
                 scoring = ScoringConfig(
                     template=config.rows.template,
                     max_length=config.rows.max_length,
@@ -211,6 +234,35 @@ def _rewards(
                 np.save(kept, open_scorer(str(folder), scoring).rewards(texts))
             rewards[judged, :, member] = np.load(kept).reshape(-1, 2)
     return rewards[:, 0], rewards[:, 1]
+
+
+def _train_together(
+    config: StrengthConfig, folders: Sequence[pathlib.Path], spec: str, encoder: Encoder
+) -> None:
+    """All members of a fold by `members.make_trainer`, exported to their folders."""
+    loaded = models.load_reward_model(
+        config.model, compute=config.compute, key=jax.random.key(config.seed)
+    )
+    dataset, _ = prepare.prepare_pairs([spec], encoder, config.rows)
+    steps = config.steps or math.ceil(config.epochs * len(dataset) / config.batch_size)
+    tx = make_optimizer(config.optimizer, make_schedule(config.optimizer, steps))
+    objective = reward_objective(
+        reward_apply(loaded.model, deterministic=not config.compute.dropout),
+        **objectives.parts(config.loss, ()),
+    )
+    training.say(
+        f"{len(folders)} members at once: {steps} steps of {config.batch_size}"
+    )
+    trained = members.make_trainer(objective, tx, at_once=True)(
+        [loaded.params] * len(folders),
+        [dataset] * len(folders),
+        seeds=[config.seed + 1 + m for m in range(len(folders))],
+        steps=steps,
+        batch_size=config.batch_size,
+    )
+    for folder, params in zip(folders, trained, strict=True):
+        shutil.rmtree(folder, ignore_errors=True)
+        _export(folder, config, dataclasses.replace(loaded, params=params), encoder)
 
 
 def _member(
@@ -272,6 +324,7 @@ def _write_average(
     out = root / "warm"
     if out.exists():
         return
+    training.say("average of the members")
     folders = [root / "members" / str(m) for m in range(config.members)]
     loaded = models.load_reward_model(str(folders[0]))
     total = loaded.params
@@ -279,14 +332,20 @@ def _write_average(
         other = models.load_reward_model(str(folder)).params
         total = jax.tree.map(lambda a, b: a + b, total, other)
     mean = jax.tree.map(lambda leaf: leaf / config.members, total)
+    _export(out, config, dataclasses.replace(loaded, params=mean), encoder)
+
+
+def _export(
+    out: pathlib.Path, config: StrengthConfig, loaded: models.Loaded, encoder: Encoder
+) -> None:
     export.write(
         str(out),
-        dataclasses.replace(loaded, params=mean),
+        loaded,
         kind="reward",
         encoder=encoder,
         dtype="float32",
         max_shard_bytes=int(5e9),
-        source=models.resolve(str(folders[0])),
+        source=models.resolve(config.model),
     )
 
 

@@ -21,6 +21,7 @@ import numpy as np
 
 from rlhf_jax.io import checkpoint, progress
 from rlhf_jax.io.metrics import Write
+from rlhf_jax.programs.watch import WINDOW, watch_supervised
 from rlhf_jax.types import Mean, Sequences, TrainState
 
 Batch = Any
@@ -261,6 +262,7 @@ class _Reporter:
     ) -> None:
         self.loop, self.bar, self.write = loop, bar, write
         self.learning_rate = learning_rate
+        self.history: list[dict[str, float]] = []
         self.pending: tuple[int, dict[str, Any], int, float] | None = None
         self.clock = time.perf_counter()
 
@@ -278,6 +280,8 @@ class _Reporter:
     def evaluation(self, step: int, values: dict[str, float]) -> None:
         self.write(step, values)
         self.bar.evaluated(step, values)
+        if self.history:
+            self.history[-1] |= values
         self.clock = time.perf_counter()
 
     def _report(self, step: int, metrics: Any, tokens: int, flops: float) -> None:
@@ -291,6 +295,11 @@ class _Reporter:
         if step % self.loop.log_every == 0:
             self.write(step, values)
         self.bar.advance(step, values)
+        self.history.append(values)
+        if len(self.history) > 10 * WINDOW:
+            del self.history[:WINDOW]
+        for line in watch_supervised(self.history):
+            self.bar.warn(step, line)
         if values["train/update/finite"] == 0 and self.loop.nonfinite == "stop":
             raise FloatingPointError(
                 f"step {step}: loss {values['train/loss']}, gradient norm "

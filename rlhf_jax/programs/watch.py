@@ -1,9 +1,10 @@
-"""What should make the person who watches an RL run look up, as lines of text.
+"""What should make the person who watches a run look up, as lines of text.
 
-`watch` looks at the metrics of the steps so far and is silent while there is nothing to
-say. It compares the last `WINDOW` steps with `WINDOW` earlier ones, by means and their
-standard errors, so that noise alone rarely speaks; each kind of line comes at most once
-in `WINDOW` steps.
+`watch` is for RL, `watch_supervised` for the other training programs. Both look at the
+metrics of the steps so far and are silent while there is nothing to say. They compare
+the last `WINDOW` steps with `WINDOW` earlier ones, by means and their standard errors,
+so that noise alone rarely speaks; each kind of line comes at most once in `WINDOW`
+steps.
 """
 
 import math
@@ -70,6 +71,39 @@ def watch(history: Sequence[dict[str, float]]) -> list[str]:
     return lines
 
 
+def watch_supervised(history: Sequence[dict[str, float]]) -> list[str]:
+    """Warnings after the newest step of a reward or SFT run.
+
+    Args:
+        history: metrics of the steps so far, oldest first, those of `train/`; with
+            `eval/NAME/loss` where there was an evaluation.
+    """
+    if len(history) < 2 * WINDOW or len(history) % WINDOW:
+        return []
+    lines = []
+    share = _last(history, "train/contrastive/share")
+    if share > 0.5:
+        lines.append(
+            f"the contrastive term is {share:.0%} of the loss: it, not the "
+            "preferences, decides what is learnt"
+        )
+    if jumps := _jumps(_values(history, "train/meta/grad_norm"), least=0.0):
+        lines.append(
+            f"the meta-gradient's norm jumped to {max(jumps):.3g}, more than five "
+            f"times its median of the {WINDOW} steps before"
+        )
+    held_out = {
+        name: _values(history, name)
+        for name in {k for row in history for k in row}
+        if name.startswith("eval/") and name.endswith("/loss")
+    }
+    if abs(_last(history, "train/loss")) < 1e-3 and any(
+        len(values) > 1 and values[-1] >= values[-2] for values in held_out.values()
+    ):
+        lines.append("the training loss is near zero while validation stands still")
+    return lines
+
+
 def _values(history: Sequence[dict[str, float]], name: str) -> np.ndarray:
     found = [values[name] for values in history if name in values]
     return np.array([v for v in found if math.isfinite(v)])
@@ -81,14 +115,14 @@ def _last(history: Sequence[dict[str, float]], name: str) -> float:
     return float(values.mean()) if len(values) else math.nan
 
 
-def _jumps(values: np.ndarray) -> list[float]:
+def _jumps(values: np.ndarray, *, least: float = _SMALL_KL) -> list[float]:
     """Those of the last window that stand out from the window before each."""
     found = []
     for at in range(max(len(values) - WINDOW, WINDOW), len(values)):
         before = values[at - WINDOW : at]
         usual = float(np.median(before))
         spread = 2 * _SURE * float(before.std(ddof=1))
-        if values[at] > max(5 * usual, usual + spread, _SMALL_KL):
+        if values[at] > max(5 * usual, usual + spread, least):
             found.append(float(values[at]))
     return found
 

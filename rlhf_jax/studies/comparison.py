@@ -24,12 +24,14 @@ from rlhf_jax.studies.statistics import interval, paired
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-    """An objective, and the world whose model it trains."""
+    """An objective, the world whose model it trains, and the rows it is given."""
 
     world: worlds.World
     objective: Objective
     extra: Callable[[int], dict[str, Any]] = lambda seed: {}
     """Leaves that training adds to the parameters, by seed."""
+    rows: Callable[[int], Sequence[Mapping[str, Any]]] | None = None
+    """Training rows, by seed; None = testbed pairs by the config."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,8 +57,6 @@ class ComparisonConfig:
 def compare(
     config: Any,
     make_methods: Callable[[pathlib.Path], Mapping[str, Method]],
-    *,
-    train_rows: Callable[[int], Sequence[Mapping[str, Any]]] | None = None,
 ) -> dict[str, list[dict[str, Any]]]:
     """Results of every method, a dict a seed.
 
@@ -64,7 +64,6 @@ def compare(
         config: a ComparisonConfig or a subclass.
         make_methods: directory of the study -> methods by name; called only if there is
             something to train.
-        train_rows: seed -> training rows; None = testbed pairs by the config.
 
     Returns:
         By method, for each seed: `accuracy/SCENARIO`, `tau/SCENARIO`, `head_norm`,
@@ -86,7 +85,7 @@ def compare(
                     for name, method in methods.items()
                 }
             results = {
-                name: _one(config, method, trainers[name], seed, train_rows)
+                name: _one(config, method, trainers[name], seed)
                 for name, method in methods.items()
             }
             kept = {"settings": settings, "results": results}
@@ -102,11 +101,10 @@ def _one(
     method: Method,
     train: Callable[..., Any],
     seed: int,
-    train_rows: Callable[[int], Sequence[Mapping[str, Any]]] | None,
 ) -> dict[str, float]:
     world = method.world
     options = {"size": config.pairs, "seed": seed, "flip_rate": config.flip_rate}
-    rows = train_rows(seed) if train_rows else worlds.rows("train", **options)
+    rows = method.rows(seed) if method.rows else worlds.rows("train", **options)
     start = world.start(seed) | method.extra(seed)
     params = train(world, start, world.pairs(rows), seed)
     params = {name: params[name] for name in ("backbone", "head")}

@@ -141,29 +141,20 @@ def _completions(
         ),
     )
     policy = once(rloo.run, free)
-    flat = root / f"sampled-{prompts}.jsonl"
+    partial = out.with_suffix(".partial")
     generate.run(
         generate.GenerateConfig(
             model=str(policy),
             data=[f"testbed:{prompts}?size={size}&seed=7"],
-            out=str(flat),
+            out=str(partial),
             overwrite=True,
+            grouped=True,
             gold=GOLD,
             batch_size=64,
             sampling=SamplingConfig(num_samples=samples, max_new_tokens=48),
         )
     )
-    groups: dict[str, list[dict[str, Any]]] = {}
-    for line in flat.read_text(encoding="utf-8").splitlines():
-        row = json.loads(line)
-        response = {"text": row["completion"], "score": row["gold"]}
-        groups.setdefault(row["prompt"], []).append(response)
-    rows = [
-        {"prompt": prompt, "responses": [r for r in responses if r["text"].strip()]}
-        for prompt, responses in groups.items()
-    ]
-    lines = [json.dumps(row) for row in rows if len(row["responses"]) > 1]
-    write_atomic(out, "\n".join(lines) + "\n")
+    partial.rename(out)
     return out
 
 

@@ -230,10 +230,21 @@ def test_strength_writes_columns_actions_and_what_reward_can_train_on(tmp_path):
 
 def test_warm_is_the_mean_of_the_members_and_loads(tmp_path):
     root = strength.run(strength_config(tmp_path))
-    members = [load_reward_model(str(root / "members" / m))[1] for m in ("0", "1")]
+    members = [load_reward_model(str(root / "members" / m)).params for m in ("0", "1")]
     _, average, _ = load_reward_model(str(root / "warm"))
     head = (members[0]["head"]["kernel"] + members[1]["head"]["kernel"]) / 2
     np.testing.assert_allclose(average["head"]["kernel"], head, atol=1e-6)
+
+
+def test_members_at_once_are_those_trained_one_by_one(tmp_path):
+    """The same heads, orders and steps; exported instead of kept as runs."""
+    apart = strength.run(strength_config(tmp_path))
+    together = strength.run(
+        strength_config(tmp_path, run_dir=str(tmp_path / "together"), at_once=True)
+    )
+    for a, b in zip(read(apart / "strength.jsonl"), read(together / "strength.jsonl")):
+        np.testing.assert_allclose(a["strength_mean"], b["strength_mean"], atol=1e-4)
+        np.testing.assert_allclose(a["chosen_rewards"], b["chosen_rewards"], atol=1e-4)
 
 
 def test_cross_fitting_scores_pairs_with_models_that_never_saw_them(tmp_path):

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from rlhf_jax.programs.watch import WINDOW, watch
+from rlhf_jax.programs.watch import WINDOW, watch, watch_supervised
 
 STEPS = 10 * WINDOW
 
@@ -142,3 +142,40 @@ def test_nothing_is_said_before_two_windows_or_of_metrics_that_are_not_there():
     assert not spoken(run(2 * WINDOW - 1, policy_kl=lambda t: 100.0 * (t > 30)))
     assert not spoken([{}] * STEPS)
     assert not spoken([{"policy/kl": float("nan")}] * STEPS)
+
+
+# Reward and SFT runs.
+
+
+def supervised(steps, **values):
+    """Steps whose metrics are constants, or functions of the step."""
+    return [
+        {k: float(v(n) if callable(v) else v) for k, v in values.items()}
+        for n in range(steps)
+    ]
+
+
+def test_a_contrastive_term_that_outweighs_the_preferences_is_named():
+    name = "train/contrastive/share"
+    assert not watch_supervised(supervised(2 * WINDOW, **{name: 0.4}))
+    (line,) = watch_supervised(supervised(2 * WINDOW, **{name: 0.7}))
+    assert "70% of the loss" in line
+
+
+def test_a_jump_of_the_meta_gradient_is_named():
+    name = "train/meta/grad_norm"
+    calm = supervised(2 * WINDOW, **{name: lambda n: 1e-3 + 1e-5 * (n % 3)})
+    assert not watch_supervised(calm)
+    calm[-4][name] = 0.05
+    (line,) = watch_supervised(calm)
+    assert "meta-gradient's norm jumped to 0.05" in line
+
+
+def test_a_loss_near_zero_speaks_only_while_validation_stands_still():
+    history = supervised(2 * WINDOW, **{"train/loss": 1e-5})
+    assert not watch_supervised(history)
+    history[5]["eval/id/loss"], history[-1]["eval/id/loss"] = 0.5, 0.4
+    assert not watch_supervised(history)
+    history[-1]["eval/id/loss"] = 0.6
+    (line,) = watch_supervised(history)
+    assert "near zero while validation" in line
