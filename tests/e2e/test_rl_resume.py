@@ -180,7 +180,7 @@ def test_stopped_twenty_times_it_ends_bit_for_bit_the_same(setting, tmp_path, nu
     """SIGTERM saves between epochs too; SIGKILL goes back to the last whole step."""
     # After a SIGTERM the run is further each time, so it needs more steps to be stopped
     # twenty times.
-    steps = 60 if number == signal.SIGTERM else 30
+    steps = 90 if number == signal.SIGTERM else 30
     chance, stopped = random.Random(int(number)), 0
     whole, run_dir = tmp_path / "whole", tmp_path / "run"
     finish(start(setting, whole, steps))
