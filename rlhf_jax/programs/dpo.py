@@ -7,17 +7,18 @@ the same losses and regularizers as a reward model's.
 """
 
 import dataclasses
+import functools
 import pathlib
 from collections.abc import Callable
 from typing import Any
 
 import jax
 
-from rlhf_jax import config as configs
 from rlhf_jax.algorithms.dpo import implicit_reward_apply
 from rlhf_jax.algorithms.optimizer import OptimizerConfig
 from rlhf_jax.algorithms.reward_model import over_micro_batches, reward_objective
 from rlhf_jax.algorithms.sft import logprobs_apply
+from rlhf_jax.algorithms.update import Objective
 from rlhf_jax.data import prepare
 from rlhf_jax.data.prepare import DataConfig
 from rlhf_jax.models.config import ComputeConfig, LoraConfig
@@ -82,50 +83,37 @@ class DpoConfig:
 
 def run(config: DpoConfig) -> pathlib.Path:
     """Trains, or goes on training; returns the run directory."""
-    sets = configs.parse_named(config.eval_data, "--eval_data")
-    with training.opened(config) as (run_dir, mesh):
-        model, params, tokenizer = load_policy(
-            config.model,
-            compute=config.compute,
-            lora=config.lora,
-            mesh=mesh,
-            key=jax.random.key(config.seed),
-        )
-        encoder = prepare.make_encoder(tokenizer, config.rows)
-        data = training.prepare_sets(
-            prepare.prepare_pairs, config, sets, encoder, run_dir
-        )
+    with training.setting(
+        config, load=load_policy, prepare=prepare.prepare_pairs
+    ) as setting:
         terms = objectives.parts(
             config.loss,
             config.regularizers,
-            devices=batch_devices(mesh) * config.accum_steps,
+            devices=batch_devices(setting.mesh) * config.accum_steps,
         )
-        copied = None if config.lora.rank else jax.tree.map(lambda x: x.copy(), params)
+
+        def objective(deterministic: bool, stacked: bool = False) -> Objective:
+            apply = _implicit_rewards(config, setting.model, deterministic)
+            return reward_objective(
+                over_micro_batches(apply) if stacked else apply, **terms
+            )
+
+        reference = None
+        if not config.lora.rank:
+            reference = jax.tree.map(lambda x: x.copy(), setting.params)
         training.train(
             config,
-            run_dir=run_dir,
-            mesh=mesh,
-            model=model,
-            params=params,
-            tokenizer=tokenizer,
+            setting,
             kind="causal",
             trainable="lora" if config.lora.rank else "all",
-            data=data,
-            reference=copied,
-            make_objective=lambda deterministic: reward_objective(
-                _implicit_rewards(config, model, deterministic), **terms
-            ),
+            reference=reference,
+            make_objective=objective,
             headline="accuracy",
-            coupled=(
-                lambda deterministic: reward_objective(
-                    over_micro_batches(_implicit_rewards(config, model, deterministic)),
-                    **terms,
-                )
-            )
+            coupled=functools.partial(objective, stacked=True)
             if any(map(objectives.couples, config.regularizers))
             else None,
         )
-    return run_dir
+    return setting.run_dir
 
 
 def _implicit_rewards(

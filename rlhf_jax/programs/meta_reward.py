@@ -16,7 +16,6 @@ from typing import Any, Literal
 import jax
 from jax.sharding import Mesh
 
-from rlhf_jax import config as configs
 from rlhf_jax.algorithms.diagnostics import diagnosed_objective
 from rlhf_jax.algorithms.meta_reward import meta_objective, spread_objective
 from rlhf_jax.algorithms.optimizer import OptimizerConfig
@@ -137,24 +136,15 @@ class MetaRewardConfig:
 
 def run(config: MetaRewardConfig) -> pathlib.Path:
     """Trains, or goes on training; returns the run directory."""
-    sets = configs.parse_named(config.eval_data, "--eval_data")
-    with training.opened(config) as (run_dir, mesh):
-        model, params, tokenizer = load_reward_model(
-            config.model,
-            compute=config.compute,
-            lora=config.lora,
-            mesh=mesh,
-            key=jax.random.key(config.seed),
-        )
-        encoder = prepare.make_encoder(tokenizer, config.rows)
-        data = training.prepare_sets(
-            prepare.prepare_pairs, config, sets, encoder, run_dir
-        )
+    with training.setting(
+        config, load=load_reward_model, prepare=prepare.prepare_pairs
+    ) as setting:
+        model, mesh = setting.model, setting.mesh
         shifted, account = prepare.prepare_kwise(
             config.shifted,
-            encoder,
+            setting.encoder,
             config.rows,
-            side_file=run_dir / "set_aside" / "shifted.jsonl",
+            side_file=setting.run_dir / "set_aside" / "shifted.jsonl",
             scored=False,
         )
         training.say(f"shifted: {account.summary()}")
@@ -165,7 +155,7 @@ def run(config: MetaRewardConfig) -> pathlib.Path:
             devices=batch_devices(mesh) * config.accum_steps,
         )
 
-        def make_objective(deterministic: bool, stacked: bool = False) -> Objective:
+        def objective(deterministic: bool, stacked: bool = False) -> Objective:
             apply = reward_apply(model, deterministic=deterministic)
             apply = over_micro_batches(apply) if stacked else apply
             return meta_objective(
@@ -179,25 +169,20 @@ def run(config: MetaRewardConfig) -> pathlib.Path:
 
         training.train(
             config,
-            run_dir=run_dir,
-            mesh=mesh,
-            model=model,
-            params=params,
-            tokenizer=tokenizer,
+            setting,
             kind="reward",
             trainable=trainable,
-            data=data,
-            make_objective=make_objective,
+            make_objective=objective,
             headline="accuracy",
-            coupled=functools.partial(make_objective, stacked=True),
+            coupled=functools.partial(objective, stacked=True),
             evaluated=diagnosed_objective(
                 reward_states_apply(model, deterministic=True), **terms
             ),
             batches=lambda start: meta_batches(
-                config, data.train, shifted, mesh, start_row=start
+                config, setting.data.train, shifted, mesh, start_row=start
             ),
         )
-    return run_dir
+    return setting.run_dir
 
 
 def meta_batches(

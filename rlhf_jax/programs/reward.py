@@ -146,52 +146,48 @@ class RewardConfig:
 
 def run(config: RewardConfig) -> pathlib.Path:
     """Trains, or goes on training; returns the run directory."""
-    sets = configs.parse_named(config.eval_data, "--eval_data")
     custom = config.objective and configs.load_function(config.objective, "--objective")
-    with training.opened(config) as (run_dir, mesh):
-        seed = config.seed if config.head_seed is None else config.head_seed
-        key = jax.random.key(seed)
-        model, params, tokenizer = load_reward_model(
-            config.model, compute=config.compute, lora=config.lora, mesh=mesh, key=key
-        )
-        encoder = prepare.make_encoder(tokenizer, config.rows)
-        data = training.prepare_sets(
-            prepare.prepare_pairs,
-            config,
-            sets,
-            encoder,
-            run_dir,
-            prepare_train=prepare.prepare_kwise if config.ranks else None,
-        )
-        if count := config.contrastive.prototypes:
-            width = model.config.hidden_size
-            fresh = init_prototypes(count, width, jax.random.fold_in(key, 1))
-            params = params | {"prototypes": fresh}
-        make_objective = custom or _make_objective(config, batch_devices(mesh))
+    with training.setting(
+        config,
+        load=load_reward_model,
+        prepare=prepare.prepare_pairs,
+        prepare_train=prepare.prepare_kwise if config.ranks else None,
+        seed=config.head_seed,
+    ) as setting:
+        if config.contrastive.prototypes:
+            setting = _with_prototypes(config, setting)
+        devices = batch_devices(setting.mesh)
+        make_objective = custom or _make_objective(config, devices)
+        apply = reward_states_apply if config.contrasts else reward_apply
 
         def objective(deterministic: bool, stacked: bool = False) -> Objective:
-            apply = reward_apply if not config.contrasts else reward_states_apply
-            applied = apply(model, deterministic=deterministic)
+            applied = apply(setting.model, deterministic=deterministic)
             return make_objective(over_micro_batches(applied) if stacked else applied)
 
         training.train(
             config,
-            run_dir=run_dir,
-            mesh=mesh,
-            model=model,
-            params=params,
-            tokenizer=tokenizer,
+            setting,
             kind="reward",
             trainable="lora" if config.lora.rank else config.train_only,
-            data=data,
             make_objective=objective,
             headline="accuracy",
             coupled=functools.partial(objective, stacked=True)
             if config.couples
             else None,
-            evaluated=_evaluated(config, model, batch_devices(mesh)),
+            evaluated=_evaluated(config, setting.model, devices),
         )
-    return run_dir
+    return setting.run_dir
+
+
+def _with_prototypes(
+    config: RewardConfig, setting: training.Setting
+) -> training.Setting:
+    """With SwAV's prototypes among the parameters."""
+    width = setting.model.config.hidden_size
+    key = jax.random.fold_in(jax.random.key(config.seed), 1)
+    fresh = init_prototypes(config.contrastive.prototypes, width, key)
+    params = setting.params | {"prototypes": fresh}
+    return dataclasses.replace(setting, params=params)
 
 
 def _evaluated(config: RewardConfig, model: Any, devices: int) -> Objective | None:

@@ -6,9 +6,6 @@ Read `run` from top to bottom. The loss counts the tokens that the assistant wro
 import dataclasses
 import pathlib
 
-import jax
-
-from rlhf_jax import config as configs
 from rlhf_jax.algorithms.optimizer import OptimizerConfig
 from rlhf_jax.algorithms.sft import logprobs_apply, sft_objective
 from rlhf_jax.data import prepare
@@ -61,32 +58,17 @@ class SftConfig:
 
 def run(config: SftConfig) -> pathlib.Path:
     """Trains, or goes on training; returns the run directory."""
-    sets = configs.parse_named(config.eval_data, "--eval_data")
-    with training.opened(config) as (run_dir, mesh):
-        model, params, tokenizer = load_policy(
-            config.model,
-            compute=config.compute,
-            lora=config.lora,
-            mesh=mesh,
-            key=jax.random.key(config.seed),
-        )
-        encoder = prepare.make_encoder(tokenizer, config.rows)
-        data = training.prepare_sets(
-            prepare.prepare_conversations, config, sets, encoder, run_dir
-        )
+    with training.setting(
+        config, load=load_policy, prepare=prepare.prepare_conversations
+    ) as setting:
         training.train(
             config,
-            run_dir=run_dir,
-            mesh=mesh,
-            model=model,
-            params=params,
-            tokenizer=tokenizer,
+            setting,
             kind="causal",
             trainable="lora" if config.lora.rank else "all",
-            data=data,
             make_objective=lambda deterministic: sft_objective(
-                logprobs_apply(model, deterministic=deterministic)
+                logprobs_apply(setting.model, deterministic=deterministic)
             ),
             headline="loss",
         )
-    return run_dir
+    return setting.run_dir

@@ -1,7 +1,8 @@
-"""What `sft` and `reward` share around the loop: directory, mesh, data, jit, report.
+"""What the programs that learn from rows share around the loop: directory, mesh, model,
+data, jit, report.
 
-Read `train`: it compiles the update once, on the mesh, and hands everything to
-`supervise`.
+`setting` opens all that a run needs; `train` compiles the update once, on the mesh, and
+hands everything to `supervise`.
 """
 
 import contextlib
@@ -23,7 +24,7 @@ from rlhf_jax.algorithms.optimizer import make_optimizer, make_schedule
 from rlhf_jax.algorithms.update import Objective
 from rlhf_jax.data.encode import Encoder
 from rlhf_jax.data.iterate import Batches
-from rlhf_jax.data.prepare import PrepareReport
+from rlhf_jax.data.prepare import PrepareReport, make_encoder
 from rlhf_jax.data.templates import template_text
 from rlhf_jax.io import report
 from rlhf_jax.io import run_dir as run_dirs
@@ -45,9 +46,24 @@ class Data:
     """Prepared data of a run."""
 
     train: Any
-    """A PairDataset or a ConversationDataset."""
+    """A dataset of `data.store` or `data.kwise`."""
     evals: dict[str, Any]
-    """Named datasets of the same type."""
+    """Named datasets, of one type."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Setting:
+    """All that a run needs before it knows its objective."""
+
+    run_dir: pathlib.Path
+    mesh: Mesh
+    model: Any
+    """The Linen module."""
+    params: Any
+    """Its parameters; the training uses them up."""
+    tokenizer: Any
+    encoder: Encoder
+    data: Data
 
 
 def check_common(config: Any) -> None:
@@ -97,6 +113,41 @@ def opened(config: Any) -> Iterator[tuple[pathlib.Path, Mesh]]:
         yield run.path, mesh
 
 
+@contextlib.contextmanager
+def setting(
+    config: Any,
+    *,
+    load: Callable[..., Any],
+    prepare: Callable[..., tuple[Any, PrepareReport]],
+    prepare_train: Callable[..., tuple[Any, PrepareReport]] | None = None,
+    seed: int | None = None,
+) -> Iterator[Setting]:
+    """The Setting of a run; its directory is locked and its mesh set inside the `with`.
+
+    Args:
+        config: of the program; model, compute, lora, mesh, data, eval_data and rows are
+            read.
+        load: `models.load_policy` or `load_reward_model`.
+        prepare: see `prepare_sets`.
+        prepare_train: see `prepare_sets`.
+        seed: of weights that the source lacks; None = the config's.
+    """
+    sets = configs.parse_named(config.eval_data, "--eval_data")
+    with opened(config) as (run_dir, mesh):
+        model, params, tokenizer = load(
+            config.model,
+            compute=config.compute,
+            lora=config.lora,
+            mesh=mesh,
+            key=jax.random.key(config.seed if seed is None else seed),
+        )
+        encoder = make_encoder(tokenizer, config.rows)
+        data = prepare_sets(
+            prepare, config, sets, encoder, run_dir, prepare_train=prepare_train
+        )
+        yield Setting(run_dir, mesh, model, params, tokenizer, encoder, data)
+
+
 def say(text: str) -> None:
     """One line for the person who watches, on stderr."""
     Console(file=sys.stderr, highlight=False).print(text, markup=False, soft_wrap=True)
@@ -141,15 +192,10 @@ def prepare_sets(
 
 def train(
     config: Any,
+    setting: Setting,
     *,
-    run_dir: pathlib.Path,
-    mesh: Mesh,
-    model: Any,
-    params: Any,
-    tokenizer: Any,
     kind: str,
     trainable: str,
-    data: Data,
     make_objective: Callable[[bool], Objective],
     headline: str,
     coupled: Callable[[bool], Objective] | None = None,
@@ -161,14 +207,9 @@ def train(
 
     Args:
         config: of the program; its optimizer, loop, rows, sizes and seed are read.
-        run_dir: see `mesh`.
-        mesh: from `opened`.
-        model: the Linen module.
-        params: its parameters; used up by the training.
-        tokenizer: saved with the run.
+        setting: see there.
         kind: "reward" or "causal", for architecture.json.
         trainable: which leaves are trained, see `models.lora.split_params`.
-        data: prepared rows.
         make_objective: deterministic -> objective.
         headline: metric of the first evaluation set that names the best checkpoint.
         coupled: deterministic -> objective over stacked micro-batches, in place of
@@ -179,7 +220,13 @@ def train(
         reference: parameters that the objective reads at REFERENCE and that are neither
             trained nor saved; None = none.
     """
-    trained, frozen = lora.split_params(params, trainable)
+    run_dir, mesh, model, data = (
+        setting.run_dir,
+        setting.mesh,
+        setting.model,
+        setting.data,
+    )
+    trained, frozen = lora.split_params(setting.params, trainable)
     steps = config.steps or math.ceil(
         config.epochs * len(data.train) / config.batch_size
     )
@@ -195,12 +242,14 @@ def train(
             make_objective(not drops), tx, state, accum_steps=config.accum_steps
         )
     evaluate = sharded.compile_evaluate(evaluated or make_objective(True), state)
-    save_architecture(run_dir, config, kind, model, tokenizer, complete=not frozen)
+    save_architecture(
+        run_dir, config, kind, model, setting.tokenizer, complete=not frozen
+    )
     first = next(iter(data.evals), None)
     best = config.loop.best or (first and f"eval/{first}/{headline}")
     say(
         f"{len(data.train):,} rows, {steps:,} steps of {config.batch_size}, "
-        f"{count(trained):,} of {count(params):,} parameters trained, "
+        f"{count(trained):,} of {count(setting.params):,} parameters trained, "
         f"{mesh.size} device(s)"
     )
     put, put_eval = (
