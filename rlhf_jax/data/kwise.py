@@ -179,7 +179,8 @@ def _arrays(
     """members, mask, weight, scores of one process's slice of the prompts."""
     members, mask = np.zeros((size, most), np.int32), np.zeros((size, most), bool)
     weight, scores = np.zeros(size, np.float32), np.zeros((size, most), np.float32)
-    labelled = [items[n].scores is not None for n in mine]
+    # A process whose slice is only filler must agree with the others.
+    labelled = [items[n].scores is not None for n in (mine or range(1))]
     if any(labelled) and not all(labelled):
         raise ValueError("scores: some prompts have them and some have none")
     for here, n in enumerate(mine):
@@ -193,5 +194,5 @@ def _arrays(
         "members": members,
         "mask": mask,
         "weight": weight,
-        "scores": scores if labelled and labelled[0] else None,
+        "scores": scores if labelled[0] else None,
     }

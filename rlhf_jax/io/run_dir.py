@@ -4,8 +4,10 @@
     model/            architecture.json and the tokenizer: what a checkpoint is of
     checkpoints/STEP  orbax; best.json names the best one
     metrics.jsonl     and tensorboard/, plots/, report.html
+    finished          written when the last step, its evaluation and the report are done
 
-`open_run` decides between a new run and a resumed one and refuses everything else.
+`open_run` decides between a new run and a resumed one and refuses everything else;
+`is_finished` says whether a run need not be repeated.
 """
 
 import dataclasses
@@ -14,6 +16,7 @@ import importlib.metadata
 import json
 import os
 import pathlib
+from collections.abc import Sequence
 from typing import IO, Any
 
 import yaml
@@ -21,6 +24,7 @@ import yaml
 from rlhf_jax import config as configs
 from rlhf_jax.models.config import Llama3Scaling, LlamaConfig, LoraConfig
 
+FINISHED = "finished"
 VERSIONS_OF = ("rlhf-jax", "jax", "flax", "optax", "orbax-checkpoint", "transformers")
 
 
@@ -49,10 +53,23 @@ class OpenRun:
     lock: IO[str]
 
 
-def open_run(run_dir: str, config: Any) -> OpenRun:
+def open_run(
+    run_dir: str,
+    config: Any,
+    *,
+    holds_runs: bool = False,
+    may_change: Sequence[str] = (),
+) -> OpenRun:
     """Creates the directory, or accepts it for an equal config, and locks it.
 
     A directory whose run never took a step accepts another config.
+
+    Args:
+        run_dir: see above.
+        config: of the run.
+        holds_runs: True for a directory of several runs, which has begun as soon as
+            there is anything in it.
+        may_change: top-level keys in which the config may differ from the earlier one.
 
     Raises:
         ValueError: the directory holds another run (the differing keys are listed) or
@@ -69,8 +86,8 @@ def open_run(run_dir: str, config: Any) -> OpenRun:
         path.mkdir(parents=True, exist_ok=True)
         lock = _lock(path)
         try:
-            resumed = saved.exists() and _accept(saved, config)
-            if not resumed:
+            resumed = saved.exists() and _accept(saved, config, holds_runs, may_change)
+            if not resumed or may_change:
                 write_atomic(saved, _versions() + configs.dump(config))
         except BaseException:
             lock.close()
@@ -80,14 +97,36 @@ def open_run(run_dir: str, config: Any) -> OpenRun:
     return OpenRun(path, resumed, lock)
 
 
-def _accept(saved: pathlib.Path, config: Any) -> bool:
+def is_finished(run_dir: str | pathlib.Path, config: Any) -> bool:
+    """Whether the run of this config is there and done.
+
+    Raises:
+        ValueError: a finished run of another config is there.
+    """
+    path = pathlib.Path(run_dir).expanduser()
+    if not (path / FINISHED).exists():
+        return False
+    _accept(path / "config.yaml", config, True, ())
+    return True
+
+
+def mark_finished(run_dir: pathlib.Path) -> None:
+    """Says that nothing of the run is left to do."""
+    write_atomic(run_dir / FINISHED, "")
+
+
+def _accept(
+    saved: pathlib.Path, config: Any, holds_runs: bool, may_change: Sequence[str]
+) -> bool:
     """Whether the run of this config is there; False where none has begun.
 
     Raises:
         ValueError: another run has.
     """
-    lines = _differences(saved, config)
+    lines = _differences(saved, config, may_change)
     begun = (saved.parent / "metrics.jsonl").exists()
+    if holds_runs:
+        begun = any(path.name != saved.name for path in _foreign(saved.parent))
     if lines and begun:
         raise ValueError(
             f"run_dir {saved.parent}: holds a run with another config:\n  "
@@ -153,14 +192,17 @@ def write_atomic(path: pathlib.Path, text: str) -> None:
     os.replace(unfinished, path)
 
 
-def _differences(saved: pathlib.Path, config: Any) -> list[str]:
+def _differences(
+    saved: pathlib.Path, config: Any, may_change: Sequence[str]
+) -> list[str]:
     try:
         old = yaml.safe_load(saved.read_text())
     except (OSError, yaml.YAMLError) as error:
         raise ValueError(f"{saved}: cannot read the run's config: {error}") from None
     new = configs.to_dict(config)
     for values in (old, new):
-        values.pop("run_dir", None)  # a moved directory is still the same run
+        for name in ("run_dir", *may_change):
+            values.pop(name, None)  # a moved directory is still the same run
     return configs.differences(old, new)
 
 

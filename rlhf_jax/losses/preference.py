@@ -37,7 +37,8 @@ def bradley_terry(
         [Q] losses in nats, float32, finite for finite rewards.
 
     Raises:
-        ValueError: shapes differ: [Q] against [Q, 1] would broadcast to [Q, Q] pairs.
+        ValueError: shapes differ: [Q] against [Q, 1] would broadcast to [Q, Q] pairs;
+            label_smoothing outside [0, 1].
 
     Source: Bradley & Terry 1952; Ouyang et al. 2022, arXiv:2203.02155, eq. 1; the
     margin as Touvron et al. 2023, arXiv:2307.09288, eq. 2, and Wang et al. 2024,
@@ -48,6 +49,10 @@ def bradley_terry(
     >>> print(bradley_terry(jnp.zeros(1), jnp.zeros(1)))
     [0.6931472]
     """
+    if not 0 <= label_smoothing <= 1:
+        raise ValueError(
+            f"label_smoothing: expected a number in [0, 1], got {label_smoothing}"
+        )
     gap = _gap(chosen_rewards, rejected_rewards, margin=margin, soft_label=soft_label)
     if margin is not None:
         gap = gap - margin

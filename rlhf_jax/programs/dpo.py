@@ -110,8 +110,12 @@ def run(config: DpoConfig) -> pathlib.Path:
             make_objective=objective,
             headline="accuracy",
             coupled=functools.partial(objective, stacked=True)
-            if any(map(objectives.couples, config.regularizers))
+            if any(map(objectives.couples, [config.loss, *config.regularizers]))
             else None,
+            evaluated=reward_objective(
+                _implicit_rewards(config, setting.model, True),
+                **objectives.parts_of_evaluation(config.loss, config.regularizers),
+            ),
         )
     return setting.run_dir
 

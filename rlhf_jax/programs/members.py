@@ -67,29 +67,46 @@ def make_trainer(
                 f"{len(seeds)} seeds; expected one of each a member"
             )
         options: Any = {"num_shapes": 1, "shapes": shapes, "prefetch": 0}
+        if at_once and shapes is None:
+            # Chosen by one order, they serve all: stacked batches have one shape.
+            options["shapes"] = Batches(
+                datasets[0], batch_size, seed=seeds[0], **options
+            ).shapes
         streams = [
             Batches(dataset, batch_size, seed=seed, **options)
             for dataset, seed in zip(datasets, seeds, strict=True)
         ]
         keys = [jax.random.key(seed) for seed in seeds]
         if at_once:
-            states = jax.vmap(init)(_stack(params))
+            states, finite = jax.vmap(init)(_stack(params)), True
             for batches in itertools.islice(zip(*streams, strict=True), steps):
                 batch = stack_batches([batch for batch, _ in batches])
-                states, _ = together(states, batch, jnp.stack(keys))
+                states, metrics = together(states, batch, jnp.stack(keys))
+                finite = jnp.logical_and(finite, metrics["update/finite"] > 0)
+            _check_finite(np.asarray(finite))
             return [
                 jax.tree.map(lambda x, m=m: x[m], states.params)
                 for m in range(len(params))
             ]
         trained = []
         for tree, stream, key in zip(params, streams, keys, strict=True):
-            state = init(jax.tree.map(jnp.copy, tree))
+            state, finite = init(jax.tree.map(jnp.copy, tree)), True
             for batch, _ in itertools.islice(stream, steps):
-                state, _ = alone(state, batch, key)
+                state, metrics = alone(state, batch, key)
+                finite = jnp.logical_and(finite, metrics["update/finite"] > 0)
+            _check_finite(np.asarray(finite))
             trained.append(state.params)
         return trained
 
     return train
+
+
+def _check_finite(finite: np.ndarray) -> None:
+    if not finite.all():
+        raise FloatingPointError(
+            "members: a loss or a gradient was not finite, so a member did not learn; "
+            "lower the learning rate, or look at the data"
+        )
 
 
 def stack_batches(batches: Sequence[PreferenceBatch]) -> PreferenceBatch:
@@ -150,16 +167,6 @@ def completions(dataset: PairDataset) -> Iterator[EncodedCompletion]:
         pair = dataset[row]
         for tokens in (pair.chosen, pair.rejected):
             yield EncodedCompletion(pair.prompt, tokens)
-
-
-def average(params: Sequence[Params]) -> Params:
-    """The members' mean parameters: one model that stands for all of them.
-
-    Source: Ramé et al. 2024, arXiv:2401.12187 (WARM): the members must share their
-    pretraining and the initial head.
-    """
-    count = len(params)
-    return jax.tree.map(lambda *leaves: sum(leaves[1:], leaves[0]) / count, *params)
 
 
 def _stack(params: Sequence[Params]) -> Params:

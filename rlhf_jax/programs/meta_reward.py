@@ -2,8 +2,8 @@
 policy in, a reward model's run directory out.
 
 Read `run` from top to bottom: it is the reward program with another objective and with
-batches that also hold unlabelled completions, several to a prompt. `rounds` samples
-such completions from the policy of each round.
+batches that also hold unlabelled completions, several to a prompt. `meta-rounds`
+samples such completions from the policy of each round.
 """
 
 import contextlib
@@ -176,8 +176,10 @@ def run(config: MetaRewardConfig) -> pathlib.Path:
             headline="accuracy",
             coupled=functools.partial(objective, stacked=True),
             evaluated=diagnosed_objective(
-                reward_states_apply(model, deterministic=True), **terms
+                reward_states_apply(model, deterministic=True),
+                **objectives.parts_of_evaluation(config.loss, config.regularizers),
             ),
+            also_read=shifted,
             batches=lambda start: meta_batches(
                 config, setting.data.train, shifted, mesh, start_row=start
             ),

@@ -17,7 +17,7 @@ import pathlib
 from typing import Any, Literal
 
 from rlhf_jax import config as configs
-from rlhf_jax.io.run_dir import open_run
+from rlhf_jax.io.run_dir import is_finished, open_run
 from rlhf_jax.programs import generate, meta_reward, ppo, rloo, training
 from rlhf_jax.sampling.generate import SamplingConfig
 
@@ -120,7 +120,7 @@ class MetaRoundsConfig:
 
 def run(config: MetaRoundsConfig) -> pathlib.Path:
     """Runs the rounds that are not done; returns run_dir."""
-    opened = open_run(config.run_dir, config)
+    opened = open_run(config.run_dir, config, holds_runs=True, may_change=("rounds",))
     with opened.lock:
         for number in range(1, config.rounds + 1):
             folder = config.folder(number)
@@ -133,7 +133,7 @@ def run(config: MetaRoundsConfig) -> pathlib.Path:
                 ("meta-reward", meta_reward.run, config.meta_of(number)),
                 (config.rl, _RL[config.rl][1], config.rl_of(number)),
             ):
-                if not (pathlib.Path(part.run_dir) / "report.html").exists():
+                if not is_finished(part.run_dir, part):
                     training.say(f"round {number}: {name}")
                     program(part)
     return opened.path

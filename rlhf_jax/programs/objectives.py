@@ -79,12 +79,20 @@ def parts(
     }
 
 
+def parts_of_evaluation(
+    loss_text: str, regularizer_texts: Sequence[str]
+) -> dict[str, Any]:
+    """`parts` without what couples a batch: evaluation sets come in other batches, and
+    a value over those would mean something else."""
+    return parts(loss_text, [t for t in regularizer_texts if not couples(t)])
+
+
 def couples(text: str) -> bool:
-    """Whether a regularizer needs the whole batch at once: the named ones that do, and
-    every function of the user's own."""
-    function, _ = regularizer(text)
-    inner = getattr(function, "func", function)
-    return inner in COUPLED or inner not in REGULARIZERS.values()
+    """Whether a loss or a regularizer needs the whole batch at once: the named ones
+    that do, and every function of the user's own."""
+    name = text.partition("?")[0].rpartition("*")[2]
+    known = LOSSES | REGULARIZERS
+    return name not in known or known[name] in COUPLED
 
 
 def check(
@@ -115,11 +123,23 @@ def check(
                 "nor a regularizer uses it; take the column out, or choose one that "
                 "does"
             )
-        needed = [p[name] for p in takes if name in p]
-        if columns[name] is None and any(p.default is p.empty for p in needed):
+        needing = [
+            text
+            for text, p in zip((loss_text, *regularizer_texts), parameters)
+            if name in p and p[name].default is p[name].empty
+        ]
+        if columns[name] is None and needing:
             raise ValueError(
-                f"loss {loss_text!r}: needs the column {name}; name it with "
+                f"{needing[0]!r}: needs the column {name}; name it with "
                 f"--rows.columns.{name}"
+            )
+    for text in regularizer_texts:
+        options = getattr(regularizer(text)[0], "keywords", {})
+        groups = options.get("num_groups", 1)
+        if batch_size % groups:
+            raise ValueError(
+                f"regularizers {text!r}: num_groups {groups} does not divide the "
+                f"{batch_size} pairs of a batch"
             )
     coupled = [text for text in regularizer_texts if couples(text)]
     if coupled and batch_size < 2:
@@ -182,7 +202,7 @@ def _options(
 ) -> dict[str, Any]:
     parameters = {
         name: p
-        for name, p in inspect.signature(function).parameters.items()
+        for name, p in inspect.signature(function, eval_str=True).parameters.items()
         if p.kind is p.KEYWORD_ONLY and name not in PAIR_COLUMNS
     }
     options: dict[str, Any] = {}
@@ -195,10 +215,20 @@ def _options(
             raise ValueError(
                 f"{flag} {text!r}: unknown option {name!r}; its options: {known}"
             )
-        options[name] = words.get(value) or _value(
-            f"{flag} {text!r}: {name}", value, parameters[name].annotation
+        what, kind = f"{flag} {text!r}: {name}", _kind(parameters[name])
+        options[name] = (
+            words[value]
+            if kind is int and value in words
+            else _value(what, value, kind)
         )
     return options
+
+
+def _kind(parameter: inspect.Parameter) -> Any:
+    """The type of an option: as annotated, or that of its default."""
+    if parameter.annotation is not parameter.empty:
+        return parameter.annotation
+    return type(parameter.default)
 
 
 def _value(what: str, value: str, kind: Any) -> Any:
@@ -208,8 +238,17 @@ def _value(what: str, value: str, kind: Any) -> Any:
                 f"{what}: expected one of {', '.join(get_args(kind))}, got {value!r}"
             )
         return value
-    if kind not in (int, float):
+    if kind is str:
         return value
+    if kind is bool:
+        if value not in ("true", "false"):
+            raise ValueError(f"{what}: expected true or false, got {value!r}")
+        return value == "true"
+    if kind not in (int, float):
+        raise ValueError(
+            f"{what}: its type is not known; annotate the argument as int, float, "
+            "bool, str or a Literal, or give it a default of one of these"
+        )
     try:
         number = kind(value)
     except ValueError:

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
+import numpy as np
 
 from rlhf_jax import config as configs
 from rlhf_jax.algorithms.contrastive import (
@@ -38,6 +39,7 @@ from rlhf_jax.programs import objectives, training
 from rlhf_jax.programs.models import load_reward_model
 from rlhf_jax.programs.supervised import LoopConfig
 from rlhf_jax.sharding import MeshConfig, batch_devices
+from rlhf_jax.types import PAIR_COLUMNS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,8 +110,26 @@ class RewardConfig:
                     "loss plackett_luce: ranks K-wise rows; regularizers and "
                     "contrastive are for pairs, leave them out"
                 )
+            columns = self.rows.columns
+            named = [n for n in (*PAIR_COLUMNS, "weight") if getattr(columns, n)]
+            if named:
+                raise ValueError(
+                    f"rows.columns.{named[0]}: is of pairs, and loss plackett_luce "
+                    "trains on K-wise rows, which have none; leave it out"
+                )
             return
-        if self.contrasts and not (self.compute.dropout or self.lora.dropout):
+        if self.contrastive.coefficient is not None and not self.contrasts:
+            raise ValueError(
+                "contrastive.coefficient: set contrastive.kind to simcse or swav with "
+                "it"
+            )
+        if self.contrasts and self.train_only == "head" and not self.lora.rank:
+            raise ValueError(
+                f"contrastive.kind {self.contrastive.kind}: shapes the hidden states, "
+                "which train_only head leaves as they are; use train_only all"
+            )
+        adapters_drop = self.lora.rank > 0 and self.lora.dropout > 0
+        if self.contrasts and not (self.compute.dropout or adapters_drop):
             raise ValueError(
                 f"contrastive.kind {self.contrastive.kind}: without dropout the two "
                 "views are the same; set compute.dropout (the paper's is 0.05)"
@@ -140,8 +160,8 @@ class RewardConfig:
     @property
     def couples(self) -> bool:
         """Whether the objective must see the whole batch at once."""
-        coupled = any(map(objectives.couples, self.regularizers))
-        return self.objective is None and (self.contrasts or coupled)
+        coupled = any(map(objectives.couples, [self.loss, *self.regularizers]))
+        return self.objective is None and not self.ranks and (self.contrasts or coupled)
 
 
 def run(config: RewardConfig) -> pathlib.Path:
@@ -154,6 +174,7 @@ def run(config: RewardConfig) -> pathlib.Path:
         prepare_train=prepare.prepare_kwise if config.ranks else None,
         seed=config.head_seed,
     ) as setting:
+        _check_margins(config, setting.data.train)
         if config.contrastive.prototypes:
             setting = _with_prototypes(config, setting)
         devices = batch_devices(setting.mesh)
@@ -174,9 +195,20 @@ def run(config: RewardConfig) -> pathlib.Path:
             coupled=functools.partial(objective, stacked=True)
             if config.couples
             else None,
-            evaluated=_evaluated(config, setting.model, devices),
+            evaluated=_evaluated(config, setting.model),
         )
     return setting.run_dir
+
+
+def _check_margins(config: RewardConfig, dataset: Any) -> None:
+    """A strength below 0 would reward a wrong order without end."""
+    scaled = config.loss.startswith("scaled_bradley_terry")
+    if scaled and (dataset.margin < 0).any():
+        row = int(np.argmin(dataset.margin))
+        raise ValueError(
+            f"{dataset.where[row]}: margin {dataset.margin[row]}: loss "
+            "scaled_bradley_terry multiplies by it; expected numbers >= 0"
+        )
 
 
 def _with_prototypes(
@@ -190,12 +222,16 @@ def _with_prototypes(
     return dataclasses.replace(setting, params=params)
 
 
-def _evaluated(config: RewardConfig, model: Any, devices: int) -> Objective | None:
+def _evaluated(config: RewardConfig, model: Any) -> Objective | None:
     """What evaluation sets are judged by; None = the user's own objective."""
     if config.objective is not None:
         return None
     apply = reward_states_apply(model, deterministic=True)
-    terms = {} if config.ranks else _terms(config, devices)
+    terms = (
+        {}
+        if config.ranks
+        else objectives.parts_of_evaluation(config.loss, config.regularizers)
+    )
     return diagnosed_objective(apply, **terms)
 
 

@@ -28,6 +28,7 @@ from rlhf_jax.data.iterate import Order
 from rlhf_jax.data.layout import row_bucket
 from rlhf_jax.data.store import PromptDataset
 from rlhf_jax.io import report
+from rlhf_jax.io.run_dir import mark_finished
 from rlhf_jax.models import lora
 from rlhf_jax.models.config import LoraConfig
 from rlhf_jax.models.llama import Llama
@@ -462,3 +463,4 @@ def _table(
 def finish(run_dir: pathlib.Path) -> None:
     """Writes the report and says where it is."""
     training.say(f"report: {report.write_report(run_dir)}")
+    mark_finished(run_dir)

@@ -6,7 +6,7 @@ every pair, and from these
     strength.jsonl   the rows with strength_mean, strength_std, chosen_rewards [M],
                      rejected_rewards [M] and action
     cleaned.jsonl    the rows after their action: flipped, with margin or soft_label,
-                     without the dropped ones; `reward` takes it as it is
+                     without the dropped ones; the command that trains on it is printed
     plots/           histogram and the U shape of the spread
     warm/            the members' average as one model (WARM), in Hugging Face's format
 
@@ -18,12 +18,13 @@ Source: Wang et al. 2024, arXiv:2401.06080, sections 2.2-2.3; arXiv:2401.12187 (
 """
 
 import dataclasses
+import hashlib
 import json
 import math
 import pathlib
 import shutil
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
@@ -52,6 +53,7 @@ from rlhf_jax.programs.scorer import ScoringConfig, open_scorer
 from rlhf_jax.programs.supervised import LoopConfig
 from rlhf_jax.sharding import MeshConfig
 
+REWARDS = "rewards.npz"
 COLUMNS = (
     "strength_mean",
     "strength_std",
@@ -122,6 +124,23 @@ class StrengthConfig:
                 "at_once: trains whole models in single batches; leave out lora.rank "
                 "and accum_steps, or at_once"
             )
+        if self.at_once and (
+            self.mesh != MeshConfig()
+            or self.rows.layout != "shared"
+            or self.rows.row_length is not None
+        ):
+            raise ValueError(
+                "at_once: trains on one device in shared rows of its own length; leave "
+                "out mesh, rows.layout and rows.row_length, or at_once"
+            )
+        columns = self.rows.columns
+        flips = self.clean.flip_fraction > 0 or self.clean.flip_below is not None
+        if flips and (columns.margin or columns.soft_label or columns.gap_bound):
+            raise ValueError(
+                "clean: a flipped pair's own margin, soft label or bound would speak "
+                "of the old order; train the members without these columns, or do not "
+                "flip"
+            )
         if self.steps is not None and self.steps < 1:
             raise ValueError(f"steps: expected at least 1, got {self.steps}")
         if self.rows.over_long == "truncate_prompt":
@@ -139,7 +158,12 @@ class StrengthConfig:
 
 def run(config: StrengthConfig) -> pathlib.Path:
     """Trains what is not trained yet, measures, cleans, writes; returns run_dir."""
-    opened = open_run(config.run_dir, config)
+    opened = open_run(
+        config.run_dir,
+        config,
+        holds_runs=True,
+        may_change=("clean", "standardise", "warm"),
+    )
     with opened.lock:
         root = opened.path
         encoder = _encoder(config)
@@ -153,7 +177,7 @@ def run(config: StrengthConfig) -> pathlib.Path:
         source = sources.open_source(specs.parse(config.data), streams=False)
         rows = [dict(source[int(n)][0]) for n in dataset.source_row]
         _check_columns(rows, dataset, config)
-        fold = np.arange(len(rows)) % max(config.folds, 1)
+        fold = _folds(rows, config)
         chosen, rejected = _rewards(config, root, rows, dataset, fold, encoder)
         found = strength(chosen, rejected, standardise=config.standardise)
         actions = decide(found, config.clean)
@@ -165,6 +189,7 @@ def run(config: StrengthConfig) -> pathlib.Path:
             strength_plots.u_shape(found, root / "plots" / "u_shape.png"),
         ]
     _print(root, found, actions, plots)
+    _print_next(root, config)
     return root
 
 
@@ -186,8 +211,14 @@ def _check_columns(
                 f"{where}: the row has a column {taken[0]!r} already; rename it: it is "
                 "not overwritten"
             )
-    if len(rows) < config.folds:
-        raise ValueError(f"folds {config.folds}: only {len(rows)} rows")
+
+
+def _folds(rows: Sequence[dict[str, Any]], config: StrengthConfig) -> np.ndarray:
+    """The fold of each row; rows of one prompt share theirs."""
+    name = config.rows.columns.prompt
+    keys = [json.dumps(row.get(name, row), sort_keys=True) for row in rows]
+    number = {key: n for n, key in enumerate(dict.fromkeys(keys))}
+    return np.array([number[key] % max(config.folds, 1) for key in keys])
 
 
 def _rewards(
@@ -201,23 +232,24 @@ def _rewards(
     """Rewards [Q M] of chosen and rejected, each row by members allowed to judge it."""
     rewards = np.zeros((len(rows), 2, config.members), np.float32)
     encoded = list(members.completions(dataset))
+    digest = hashlib.sha256(dataset.tokens.tobytes()).hexdigest()
     for part in range(max(config.folds, 1)):
         judged = np.flatnonzero(fold == part)
         spec = config.data
         if config.folds:
             path = root / "folds" / f"without-{part}.jsonl"
             path.parent.mkdir(exist_ok=True)
-            write_jsonl(path, (rows[n] for n in np.flatnonzero(fold != part)))
+            _write_rows(path, (rows[n] for n in np.flatnonzero(fold != part).tolist()))
             spec = str(path)
         names = [
             f"{part}-{m}" if config.folds else f"{m}" for m in range(config.members)
         ]
         folders = [root / "members" / name for name in names]
-        missing = [f for f in folders if not (f / "rewards.npy").exists()]
+        missing = [f for f in folders if not (f / REWARDS).exists()]
         if config.at_once and missing:
             _train_together(config, folders, spec, encoder)
         for member, folder in enumerate(folders):
-            kept = folder / "rewards.npy"
+            kept = folder / REWARDS
             if not kept.exists():
                 training.say(f"member {folder.name}")
                 if not config.at_once:
@@ -231,9 +263,33 @@ def _rewards(
                 texts = [
                     encoded[2 * n + side] for n in judged.tolist() for side in (0, 1)
                 ]
-                np.save(kept, open_scorer(str(folder), scoring).rewards(texts))
-            rewards[judged, :, member] = np.load(kept).reshape(-1, 2)
+                _save_rewards(
+                    kept, open_scorer(str(folder), scoring).rewards(texts), digest
+                )
+            rewards[judged, :, member] = _load_rewards(kept, digest)
     return rewards[:, 0], rewards[:, 1]
+
+
+def _save_rewards(path: pathlib.Path, rewards: np.ndarray, digest: str) -> None:
+    """A whole file or none, with what was scored."""
+    partial = path.with_suffix(".partial.npz")
+    np.savez(partial, rewards=rewards, digest=np.array(digest))
+    partial.replace(path)
+
+
+def _load_rewards(path: pathlib.Path, digest: str) -> np.ndarray:
+    """[Q 2] of chosen and rejected.
+
+    Raises:
+        ValueError: other pairs were scored.
+    """
+    with np.load(path) as kept:
+        if str(kept["digest"]) != digest:
+            raise ValueError(
+                f"{path}: the members were trained on other pairs than --data holds "
+                "now; restore the data, or choose another --run_dir"
+            )
+        return kept["rewards"].reshape(-1, 2)
 
 
 def _train_together(
@@ -310,12 +366,19 @@ def _write(
         }
         for n, row in enumerate(rows)
     )
-    write_jsonl(root / "strength.jsonl", measured)
+    _write_rows(root / "strength.jsonl", measured)
     changed = (
         changed_row(row, str(actions[n]), found.mean[n], config.clean, **names)
         for n, row in enumerate(rows)
     )
-    write_jsonl(root / "cleaned.jsonl", (row for row in changed if row is not None))
+    _write_rows(root / "cleaned.jsonl", (row for row in changed if row is not None))
+
+
+def _write_rows(path: pathlib.Path, rows: Iterable[dict[str, Any]]) -> None:
+    """A whole file or none."""
+    partial = path.with_suffix(".partial")
+    write_jsonl(partial, rows)
+    partial.replace(path)
 
 
 def _write_average(
@@ -347,6 +410,15 @@ def _export(
         max_shard_bytes=int(5e9),
         source=models.resolve(config.model),
     )
+
+
+def _print_next(root: pathlib.Path, config: StrengthConfig) -> None:
+    """The command that uses what was written: columns are read only if named."""
+    named = ["margin"] * config.clean.margin + ["soft_label"] * config.clean.softens
+    flags = [f"--rows.columns.{name} {name}" for name in named]
+    command = f"rlhf-jax reward --model {config.model} --data {root / 'cleaned.jsonl'}"
+    text = " ".join(["next", command, *flags, "--run_dir ..."])
+    Console().print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 def _print(

@@ -263,6 +263,7 @@ class _Reporter:
         self.loop, self.bar, self.write = loop, bar, write
         self.learning_rate = learning_rate
         self.history: list[dict[str, float]] = []
+        self.held_out: dict[str, list[float]] = {}
         self.pending: tuple[int, dict[str, Any], int, float] | None = None
         self.clock = time.perf_counter()
 
@@ -280,8 +281,9 @@ class _Reporter:
     def evaluation(self, step: int, values: dict[str, float]) -> None:
         self.write(step, values)
         self.bar.evaluated(step, values)
-        if self.history:
-            self.history[-1] |= values
+        for name, value in values.items():
+            if name.endswith("/loss"):
+                self.held_out.setdefault(name, []).append(value)
         self.clock = time.perf_counter()
 
     def _report(self, step: int, metrics: Any, tokens: int, flops: float) -> None:
@@ -298,7 +300,7 @@ class _Reporter:
         self.history.append(values)
         if len(self.history) > 10 * WINDOW:
             del self.history[:WINDOW]
-        for line in watch_supervised(self.history):
+        for line in watch_supervised(self.history, self.held_out):
             self.bar.warn(step, line)
         if values["train/update/finite"] == 0 and self.loop.nonfinite == "stop":
             raise FloatingPointError(

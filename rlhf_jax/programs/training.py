@@ -201,6 +201,7 @@ def train(
     coupled: Callable[[bool], Objective] | None = None,
     evaluated: Objective | None = None,
     batches: Callable[[int], Any] | None = None,
+    also_read: Any = None,
     reference: Any = None,
 ) -> None:
     """Compiles, trains, evaluates, saves and reports.
@@ -217,6 +218,7 @@ def train(
         evaluated: objective of the evaluation sets; None = `make_objective(True)`.
         batches: start row -> iterator of (host batch, next row); None = `stream` of the
             training rows.
+        also_read: another dataset that `batches` takes from.
         reference: parameters that the objective reads at REFERENCE and that are neither
             trained nor saved; None = none.
     """
@@ -278,13 +280,14 @@ def train(
             steps=steps,
             best=best,
             key=jax.random.key(config.seed),
-            data_digest=digest(data.train),
+            data_digest=digest(data.train, also_read),
             write=write,
             learning_rate=lambda step: float(np.asarray(schedule(step))),
             flops=lambda sequences: flops(model.config, sequences),
             title=pathlib.Path(run_dir).name,
         )
     say(f"report: {report.write_report(run_dir)}")
+    run_dirs.mark_finished(run_dir)
 
 
 def save_architecture(
@@ -356,9 +359,13 @@ def flops(config: Any, sequences: Sequences) -> float:
     return train_flops(config, tokens=float(real.sum()), visible=float(visible))
 
 
-def digest(dataset: Any) -> str:
+def digest(*datasets: Any) -> str:
     """What a resumed run must find again: the number and the lengths of its rows."""
-    return hashlib.sha256(dataset.lengths.tobytes()).hexdigest()
+    found = hashlib.sha256()
+    for dataset in datasets:
+        if dataset is not None:
+            found.update(dataset.lengths.tobytes())
+    return found.hexdigest()
 
 
 def latest_step(run_dir: pathlib.Path, epochs: int = 1) -> int:

@@ -8,7 +8,7 @@ steps.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -71,12 +71,14 @@ def watch(history: Sequence[dict[str, float]]) -> list[str]:
     return lines
 
 
-def watch_supervised(history: Sequence[dict[str, float]]) -> list[str]:
+def watch_supervised(
+    history: Sequence[dict[str, float]], held_out: Mapping[str, Sequence[float]]
+) -> list[str]:
     """Warnings after the newest step of a reward or SFT run.
 
     Args:
-        history: metrics of the steps so far, oldest first, those of `train/`; with
-            `eval/NAME/loss` where there was an evaluation.
+        history: metrics of the latest steps, oldest first, those of `train/`.
+        held_out: losses of the evaluation sets, one an evaluation.
     """
     if len(history) < 2 * WINDOW or len(history) % WINDOW:
         return []
@@ -92,11 +94,6 @@ def watch_supervised(history: Sequence[dict[str, float]]) -> list[str]:
             f"the meta-gradient's norm jumped to {max(jumps):.3g}, more than five "
             f"times its median of the {WINDOW} steps before"
         )
-    held_out = {
-        name: _values(history, name)
-        for name in {k for row in history for k in row}
-        if name.startswith("eval/") and name.endswith("/loss")
-    }
     if abs(_last(history, "train/loss")) < 1e-3 and any(
         len(values) > 1 and values[-1] >= values[-2] for values in held_out.values()
     ):

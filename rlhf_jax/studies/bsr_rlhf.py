@@ -18,7 +18,6 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from rlhf_jax.io.run_dir import write_atomic
 from rlhf_jax.programs import generate, reward, rloo, sft
 from rlhf_jax.programs.reinforcement import RLLoopConfig
 from rlhf_jax.sampling.generate import SamplingConfig
@@ -30,6 +29,7 @@ from rlhf_jax.studies.quickstart import (
     rloo_config,
     sft_config,
 )
+from rlhf_jax.studies.seeds import by_seed, study_dir
 from rlhf_jax.studies.statistics import interval, paired
 
 KINDS = {
@@ -63,38 +63,46 @@ class BsrRlhfConfig:
 
 def run(config: BsrRlhfConfig) -> dict[str, Any]:
     """Runs what is not there yet; writes study.json; prints the table."""
-    root = pathlib.Path(config.run_dir)
-    base = QuickstartConfig(
-        run_dir=config.run_dir,
-        sft_steps=config.sft_steps,
-        reward_steps=config.reward_steps,
-        rloo_steps=config.steps,
-        flip_rate=config.flip_rate,
-    )
-    once(sft.run, sft_config(base))
-    found: dict[str, list[dict[str, float]]] = {kind: [] for kind in KINDS}
-    for seed in range(config.seeds):
-        texts = {}
-        for kind, regularizers in KINDS.items():
-            name = f"{kind.lower()}-{seed}"
-            model = f"{config.run_dir}/reward-{name}"
-            once(
-                reward.run,
-                dataclasses.replace(
-                    reward_config(dataclasses.replace(base, seed=seed)),
-                    run_dir=model,
-                    regularizers=regularizers,
-                ),
-            )
-            policy = once(rloo.run, _rloo(config, base, seed, name, model))
-            rows = read(policy)
-            found[kind].append(summarise(rows))
-            texts[kind] = _completions(policy)
-        for kind, other in (("BT", "BSR"), ("BSR", "BT")):
-            wins = [(a > b) + 0.5 * (a == b) for a, b in zip(texts[kind], texts[other])]
-            found[kind][-1]["win_rate"] = float(np.mean(wins))
-    write_atomic(root / "study.json", json.dumps({"schema": 1, **found}, indent=1))
+    with study_dir(config):
+        base = QuickstartConfig(
+            run_dir=config.run_dir,
+            sft_steps=config.sft_steps,
+            reward_steps=config.reward_steps,
+            rloo_steps=config.steps,
+            flip_rate=config.flip_rate,
+        )
+        once(sft.run, sft_config(base))
+        results = by_seed(
+            pathlib.Path(config.run_dir),
+            config.seeds,
+            lambda seed: _one(config, base, seed),
+        )
+    found = {kind: [result[kind] for result in results] for kind in KINDS}
     Console(width=110).print(_table(found))
+    return found
+
+
+def _one(
+    config: BsrRlhfConfig, base: QuickstartConfig, seed: int
+) -> dict[str, dict[str, float]]:
+    """Numbers of both RLOO runs of a seed."""
+    found: dict[str, dict[str, float]] = {}
+    gold: dict[str, list[float]] = {}
+    for kind, regularizers in KINDS.items():
+        name = f"{kind.lower()}-{seed}"
+        trained = dataclasses.replace(
+            reward_config(dataclasses.replace(base, seed=seed)),
+            run_dir=f"{config.run_dir}/reward-{name}",
+            model=f"{config.run_dir}/sft",
+            regularizers=regularizers,
+        )
+        model = str(once(reward.run, trained))
+        policy = once(rloo.run, _rloo(config, base, seed, name, model))
+        found[kind], gold[kind] = summarise(read(policy)), _completions(policy)
+    for kind, other in (("BT", "BSR"), ("BSR", "BT")):
+        pairs = zip(gold[kind], gold[other], strict=True)
+        wins = [(a > b) + 0.5 * (a == b) for a, b in pairs]
+        found[kind]["win_rate"] = float(np.mean(wins))
     return found
 
 
@@ -116,16 +124,19 @@ def _completions(policy: pathlib.Path) -> list[float]:
     """Gold rewards of one sampled completion for each judging prompt."""
     out = policy / "judged.jsonl"
     if not out.exists():
+        partial = out.with_suffix(".partial")
         generate.run(
             generate.GenerateConfig(
                 model=str(policy),
                 data=[PROMPTS],
-                out=str(out),
+                out=str(partial),
+                overwrite=True,
                 gold=GOLD,
                 batch_size=128,
                 sampling=SamplingConfig(max_new_tokens=48),
             )
         )
+        partial.rename(out)
     lines = out.read_text(encoding="utf-8").splitlines()
     return [float(json.loads(line)["gold"]) for line in lines]
 

@@ -6,7 +6,7 @@ order and from the same weights, so that differences are paired. `scenarios` and
 """
 
 import dataclasses
-import json
+import functools
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -16,9 +16,9 @@ import numpy as np
 from rich.table import Table
 
 from rlhf_jax.algorithms.update import Objective
-from rlhf_jax.io.run_dir import write_atomic
 from rlhf_jax.studies import world as worlds
 from rlhf_jax.studies.quickstart import SCENARIOS
+from rlhf_jax.studies.seeds import by_seed, study_dir
 from rlhf_jax.studies.statistics import interval, paired
 
 
@@ -69,31 +69,30 @@ def compare(
         By method, for each seed: `accuracy/SCENARIO`, `tau/SCENARIO`, `head_norm`,
         `reward_std`.
     """
-    root = pathlib.Path(config.run_dir)
-    settings = {k: v for k, v in dataclasses.asdict(config).items() if k != "seeds"}
-    found: dict[str, list[dict[str, Any]]] = {}
-    methods: Mapping[str, Method] | None = None
-    trainers: dict[str, Callable[..., Any]] = {}
-    for seed in range(config.seeds):
-        path = root / f"seed-{seed}.json"
-        kept = json.loads(path.read_text()) if path.exists() else {}
-        if kept.get("settings") != settings:
-            if methods is None:
-                methods = make_methods(root)
-                trainers = {
-                    name: worlds.trainer(method.objective, steps=config.steps)
-                    for name, method in methods.items()
-                }
-            results = {
-                name: _one(config, method, trainers[name], seed)
-                for name, method in methods.items()
+    with study_dir(config) as root:
+
+        @functools.cache
+        def tools() -> dict[str, tuple[Method, Callable[..., Any]]]:
+            return {
+                name: (method, worlds.trainer(method.objective, steps=config.steps))
+                for name, method in make_methods(root).items()
             }
-            kept = {"settings": settings, "results": results}
-            write_atomic(path, json.dumps(kept))
-        for name, result in kept["results"].items():
-            found.setdefault(name, []).append(result)
-    write_atomic(root / "study.json", json.dumps({"schema": 1, **found}, indent=1))
-    return found
+
+        results = by_seed(
+            root,
+            config.seeds,
+            lambda seed: {
+                name: _one(config, *method, seed) for name, method in tools().items()
+            },
+        )
+    names = list(results[0])
+    for seed, result in enumerate(results):
+        if list(result) != names:
+            raise ValueError(
+                f"{root / f'seed-{seed}.json'}: holds {', '.join(result)}; the other "
+                f"seeds have {', '.join(names)}; remove the file to train it again"
+            )
+    return {name: [result[name] for result in results] for name in names}
 
 
 def _one(
@@ -141,6 +140,6 @@ def table(
             values = [r[f"{metric}/{name}"] for r in results]
             before = [r[f"{metric}/{name}"] for r in found[base]]
             against = "" if method == base else f"\n{paired(values, before)}"
-            cells.append(f"{str(interval(values))[1:]}{against}")
+            cells.append(f"{interval(values).plain()}{against}")
         shown.add_row(method, *cells)
     return shown

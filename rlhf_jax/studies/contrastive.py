@@ -60,12 +60,12 @@ def run(config: ContrastiveStudyConfig) -> dict[str, Any]:
 
 def _methods(config: ContrastiveStudyConfig, root: pathlib.Path) -> dict[str, Method]:
     world = worlds.open_world(root / "sft", sft_steps=config.sft_steps)
-    noisy = worlds.open_world(root / "sft", dropout=DROPOUT)
+    noisy = worlds.open_world(root / "sft", sft_steps=config.sft_steps, dropout=DROPOUT)
     apply = reward_states_apply(noisy.model, deterministic=False)
     methods = {
         "BT": Method(world, reward_objective(world.apply())),
         "BT, two views": Method(
-            noisy, contrastive_objective(apply, contrast=_nothing, coefficient=0.0)
+            noisy, contrastive_objective(apply, contrast=no_contrast, coefficient=0.0)
         ),
     }
     for name, variant in VARIANTS.items():
@@ -79,9 +79,10 @@ def _methods(config: ContrastiveStudyConfig, root: pathlib.Path) -> dict[str, Me
     return methods
 
 
-def _nothing(
+def no_contrast(
     params: Any, first: jax.Array, second: jax.Array, weight: jax.Array
 ) -> jax.Array:
+    """A contrastive loss of 0."""
     return jnp.zeros_like(weight)
 
 

@@ -11,9 +11,9 @@ Source: Wang et al. 2024, arXiv:2401.06080, section 2.
 """
 
 import dataclasses
-import json
+import functools
 import pathlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -26,8 +26,8 @@ from rlhf_jax.curation.detectors import DETECTORS, auc, ser_rule, ssrm_rule
 from rlhf_jax.curation.pairs import swapped
 from rlhf_jax.curation.strength import Strength, slices, strength, u_curve
 from rlhf_jax.io import strength_plots
-from rlhf_jax.io.run_dir import write_atomic
 from rlhf_jax.studies import world as worlds
+from rlhf_jax.studies.seeds import by_seed, study_dir
 from rlhf_jax.studies.statistics import interval, paired
 
 METHODS = {
@@ -72,35 +72,27 @@ class DenoiseConfig:
 
 def run(config: DenoiseConfig) -> dict[str, Any]:
     """Runs what is not there yet; writes study.json and plots; prints the tables."""
-    root = pathlib.Path(config.run_dir)
-    results = [result for _, result in _results(config, root)]
-    write_atomic(
-        root / "study.json", json.dumps({"schema": 1, "seeds": results}, indent=1)
-    )
-    console = Console()
+    with study_dir(config) as root:
+        tools = functools.cache(lambda: open_tools(config, root))
+        results = by_seed(
+            root, config.seeds, lambda seed: _one(config, *tools(), seed, root)
+        )
+    console = Console(width=110)
     console.print(_detection(results))
     console.print(_methods(results, "clean", "gold labels"))
+    console.print(_methods(results, "unseen", "gold labels, new prompts and styles"))
     console.print(_methods(results, "noisy", "labels as noisy as in training"))
     console.print(_slices(results))
     return {"seeds": results}
 
 
-def _results(
-    config: DenoiseConfig, root: pathlib.Path
-) -> Iterator[tuple[int, dict[str, Any]]]:
-    settings = {k: v for k, v in dataclasses.asdict(config).items() if k != "seeds"}
-    tools = None
-    for seed in range(config.seeds):
-        path = root / f"seed-{seed}.json"
-        kept = json.loads(path.read_text()) if path.exists() else {}
-        if kept.get("settings") != settings:
-            if tools is None:
-                world = worlds.open_world(root / "sft", sft_steps=config.sft_steps)
-                objective = reward_objective(world.apply())
-                tools = world, worlds.trainer(objective, steps=config.steps)
-            kept = {"settings": settings, **_one(config, *tools, seed, root)}
-            write_atomic(path, json.dumps(kept))
-        yield seed, kept
+def open_tools(
+    config: Any, root: pathlib.Path
+) -> tuple[worlds.World, Callable[..., Any]]:
+    """The world, and the trainer of plain Bradley-Terry models in it."""
+    world = worlds.open_world(root / "sft", sft_steps=config.sft_steps)
+    objective = reward_objective(world.apply())
+    return world, worlds.trainer(objective, steps=config.steps)
 
 
 def _one(
@@ -214,8 +206,8 @@ def _detection(results: list[dict[str, Any]]) -> Table:
     table.add_column("detector")
     table.add_column("AUC", justify="right")
     for name in DETECTORS:
-        table.add_row(name, str(interval([r["auc"][name] for r in results])))
-    share = interval([r["below_zero"] for r in results])
+        table.add_row(name, interval([r["auc"][name] for r in results]).plain())
+    share = interval([r["below_zero"] for r in results]).plain()
     table.caption = f"share of the pairs with strength below 0: {share}"
     return table
 
@@ -230,7 +222,7 @@ def _methods(results: list[dict[str, Any]], judge: str, meaning: str) -> Table:
     }
     for name, found in values.items():
         against = "" if name == "BT" else str(paired(found, values["BT"]))
-        table.add_row(name, f"{interval(found)}"[1:], against)
+        table.add_row(name, interval(found).plain(), against)
     return table
 
 
@@ -242,6 +234,6 @@ def _slices(results: list[dict[str, Any]]) -> Table:
         table.add_row(
             str(n + 1),
             f"{np.mean([r['flipped_in_slice'][n] for r in results]):.2f}",
-            f"{interval([r['slices'][n] for r in results])}"[1:],
+            interval([r["slices"][n] for r in results]).plain(),
         )
     return table

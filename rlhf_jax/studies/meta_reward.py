@@ -5,7 +5,8 @@ a prompt and without labels, are the meta set. For every seed, reward models are
 on the same pairs: Bradley-Terry, and MetaRM with inner steps of several lengths,
 to first and to second order. All are judged on held-out pairs as in training, and on
 pairs of the shifted policy's completions of other prompts, labelled by the gold reward.
-The spread J is reported beside: it rises by construction, right or wrong.
+The mean reward gap of these pairs is reported beside: MetaRM raises it by construction,
+right or wrong.
 
 Source: Wang et al. 2024, arXiv:2401.06080, section 4; Dou et al. 2024,
 arXiv:2405.00438.
@@ -35,7 +36,6 @@ from rlhf_jax.data.iterate import Batches
 from rlhf_jax.data.kwise import KwiseDataset
 from rlhf_jax.data.prepare import prepare_kwise
 from rlhf_jax.data.store import PairDataset
-from rlhf_jax.io.run_dir import write_atomic
 from rlhf_jax.programs import generate, reward, rloo
 from rlhf_jax.programs.reinforcement import RLLoopConfig
 from rlhf_jax.sampling.generate import SamplingConfig
@@ -47,6 +47,7 @@ from rlhf_jax.studies.quickstart import (
     reward_config,
     rloo_config,
 )
+from rlhf_jax.studies.seeds import by_seed, study_dir
 from rlhf_jax.studies.statistics import interval, paired
 from rlhf_jax.types import MetaBatch
 
@@ -92,30 +93,31 @@ class MetaStudyConfig:
 
 def run(config: MetaStudyConfig) -> dict[str, Any]:
     """Runs what is not there yet; writes study.json; prints the table."""
-    root = pathlib.Path(config.run_dir)
-    settings = {k: v for k, v in dataclasses.asdict(config).items() if k != "seeds"}
-    found: dict[str, list[dict[str, float]]] = {name: [] for name in METHODS}
+    with study_dir(config) as root:
+        tools = functools.cache(lambda: _tools(config, root))
+
+        def one(seed: int) -> dict[str, Any]:
+            world, meta_set, shifted, steps = tools()
+            return {
+                name: _one(config, world, meta_set, shifted, step, seed)
+                for name, step in steps.items()
+            }
+
+        results = by_seed(root, config.seeds, one)
+    found = {name: [result[name] for result in results] for name in METHODS}
+    Console(width=120).print(_table(found))
+    return found
+
+
+def _tools(config: MetaStudyConfig, root: pathlib.Path) -> tuple[Any, ...]:
+    """The world, the meta set, the judging pairs, and a step for each method."""
     world = worlds.open_world(root / "sft", sft_steps=config.sft_steps)
     meta_rows = _completions(config, root, "rl", 512, config.samples)
     judge_rows = _completions(config, root, "rl_val", 512, 4)
     meta_set, _ = prepare_kwise([str(meta_rows)], world.encoder, scored=False)
     shifted = world.pairs(_gold_pairs(judge_rows, config.eval_rows))
     steps = {name: _step(config, world, options) for name, options in METHODS.items()}
-    for seed in range(config.seeds):
-        path = root / f"seed-{seed}.json"
-        kept = json.loads(path.read_text()) if path.exists() else {}
-        if kept.get("settings") != settings:
-            results = {
-                name: _one(config, world, step, meta_set, shifted, seed)
-                for name, step in steps.items()
-            }
-            kept = {"settings": settings, "results": results}
-            write_atomic(path, json.dumps(kept))
-        for name, result in kept["results"].items():
-            found[name].append(result)
-    write_atomic(root / "study.json", json.dumps({"schema": 1, **found}, indent=1))
-    Console(width=120).print(_table(found))
-    return found
+    return world, meta_set, shifted, steps
 
 
 def _completions(
@@ -168,7 +170,8 @@ def _gold_pairs(path: pathlib.Path, count: int) -> list[dict[str, Any]]:
             if better["score"] - worse["score"] >= 0.05:
                 texts = {"chosen": better["text"], "rejected": worse["text"]}
                 pairs.append({"prompt": row["prompt"], **texts})
-    return pairs[:count]
+    order = np.random.default_rng(0).permutation(len(pairs))[:count]
+    return [pairs[n] for n in order]
 
 
 def _step(
@@ -199,9 +202,9 @@ def _pairs_alone(outer: Objective, params: Any, batch: MetaBatch, key: Any) -> A
 def _one(
     config: MetaStudyConfig,
     world: worlds.World,
-    step: Any,
     meta_set: KwiseDataset,
     shifted: PairDataset,
+    step: Any,
     seed: int,
 ) -> dict[str, float]:
     update, tx = step
@@ -219,13 +222,11 @@ def _one(
     held_out = world.pairs(worlds.rows("val_id", **size))
     unseen = world.pairs(worlds.rows("val_both_ood", **size))
     chosen, rejected = world.rewards([state.params], shifted)
-    gap = np.abs(chosen - rejected)
     return {
         "held_out": worlds.accuracy(world, state.params, held_out),
         "unseen": worlds.accuracy(world, state.params, unseen),
         "shifted": worlds.accuracy(world, state.params, shifted),
-        "mean_gap": float(gap.mean()),
-        "spread": float((1 / (1 + np.exp(-gap))).mean()),
+        "mean_gap": float(np.abs(chosen - rejected).mean()),
     }
 
 
@@ -248,7 +249,7 @@ def _table(found: dict[str, list[dict[str, float]]]) -> Table:
             values = [r[key] for r in results]
             against = paired(values, [r[key] for r in found["BT"]])
             cells.append(
-                str(interval(values))[1:] + ("" if name == "BT" else f"\n{against}")
+                interval(values).plain() + ("" if name == "BT" else f"\n{against}")
             )
         table.add_row(name, *cells)
     return table

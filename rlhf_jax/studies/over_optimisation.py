@@ -20,7 +20,7 @@ from rich.table import Table
 
 from rlhf_jax.algorithms.optimizer import OptimizerConfig
 from rlhf_jax.io import rl_plots
-from rlhf_jax.io.run_dir import write_atomic
+from rlhf_jax.io.run_dir import is_finished, write_atomic
 from rlhf_jax.programs import ppo, reward, rloo, sft
 from rlhf_jax.programs.reinforcement import RLLoopConfig
 from rlhf_jax.programs.supervised import LoopConfig
@@ -88,9 +88,13 @@ def run(config: OverOptimisationConfig) -> dict[str, Any]:
 
 
 def once(program: Callable[[Any], pathlib.Path], config: Any) -> pathlib.Path:
-    """The run of a config, unless its report says that it is done."""
+    """The run of a config, which is not repeated if it is done.
+
+    Raises:
+        ValueError: its directory holds a run of another config.
+    """
     path = pathlib.Path(config.run_dir)
-    return path if (path / "report.html").exists() else program(config)
+    return path if is_finished(path, config) else program(config)
 
 
 def _reward(

@@ -2,12 +2,14 @@
 scenarios of the testbed: accuracy on pairs and Kendall's tau on quads, paired over
 seeds.
 
-Controls: BSR on other losses, and squared rewards, which bound what BSR leaves free.
+Controls: BSR in eight groups instead of one, BSR on other losses, and squared rewards,
+which bound what BSR leaves free. The p values are those of single comparisons.
 
 Source: Hong et al. 2025, arXiv:2505.07271, table 5, and its ablations.
 """
 
 import dataclasses
+import functools
 import pathlib
 from typing import Any
 
@@ -20,12 +22,17 @@ from rlhf_jax.studies.comparison import ComparisonConfig, Method, compare, table
 
 BSR = (regularizers.batch_sum_to_zero, 1e-3 * worlds.BATCH_SIZE)
 """The published form: lambda 1e-3 times the pairs of the batch, on one device."""
+EIGHT_GROUPS = functools.partial(
+    regularizers.batch_sum_to_zero, num_groups=8, scale="official"
+)
+"""As eight devices with eight pairs each would have it: papers differ in the group."""
 TERMS: dict[str, dict[str, Any]] = {
     "BT": {},
     "hinge": {"loss": preference.hinge},
     "norm": {"loss": preference.normalised},
     "DR": {"loss": preference.direct},
     "BSR": {"regularizers": [BSR]},
+    "BSR, 8 groups": {"regularizers": [(EIGHT_GROUPS, 1e-3)]},
     "hinge + BSR": {"loss": preference.hinge, "regularizers": [BSR]},
     "DR + BSR": {"loss": preference.direct, "regularizers": [BSR]},
     "BT + L2": {"regularizers": [(regularizers.squared_rewards, 1e-2)]},

@@ -16,6 +16,10 @@ class Interval(NamedTuple):
     def __str__(self) -> str:
         return f"{self.mean:+.3f} ± {self.half:.3f}"
 
+    def plain(self) -> str:
+        """Without a plus sign: of a value that is no difference."""
+        return f"{self.mean:.3f} ± {self.half:.3f}"
+
 
 class Paired(NamedTuple):
     """A mean difference over seeds, its interval, and the two-sided paired t test."""

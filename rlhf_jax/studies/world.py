@@ -37,6 +37,7 @@ from rlhf_jax.models.config import ComputeConfig
 from rlhf_jax.models.heads import RewardModel, init_head
 from rlhf_jax.programs import members, sft
 from rlhf_jax.programs.models import load_reward_model
+from rlhf_jax.studies.over_optimisation import once
 from rlhf_jax.studies.quickstart import SCENARIOS, QuickstartConfig, sft_config
 from rlhf_jax.testbed.rows import rows as testbed_rows
 
@@ -95,9 +96,8 @@ def open_world(
         dropout: of the reward models.
     """
     folder = pathlib.Path(run_dir)
-    if not (folder / "report.html").exists():
-        base = QuickstartConfig(run_dir=str(folder.parent), sft_steps=sft_steps)
-        sft.run(dataclasses.replace(sft_config(base), run_dir=str(folder)))
+    base = QuickstartConfig(run_dir=str(folder.parent), sft_steps=sft_steps)
+    once(sft.run, dataclasses.replace(sft_config(base), run_dir=str(folder)))
     compute = ComputeConfig(scan_layers=False, dropout=dropout)
     model, params, tokenizer = load_reward_model(str(folder), compute=compute)
     encoder = make_encoder(tokenizer)

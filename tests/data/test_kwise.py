@@ -99,6 +99,13 @@ def test_two_processes_fill_the_batch_of_one():
     assert whole.scores is None
 
 
+def test_a_process_of_only_filler_knows_that_there_are_scores():
+    items = [EncodedKwise([3], [[4, 5], [6, 5]], [1.0, 0.0]) for _ in range(2)]
+    options = {"num_completions": 2, "rows_multiple_of": 4, "process_count": 2}
+    parts = [pack_kwise(items, **options, process_index=i) for i in (0, 1)]
+    assert parts[1].weight.sum() == 0 and parts[1].scores is not None
+
+
 def test_completions_without_scores_may_be_bare_texts(path, encoder):
     rows = [{"prompt": "a", "responses": ["cat", {"text": "dog"}]}]
     dataset, _ = prepare_kwise([path(rows)], encoder, scored=False)

@@ -107,6 +107,11 @@ def test_label_smoothing_mixes_the_two_labels(pairs):
     )
 
 
+def test_a_smoothing_that_is_no_probability_is_refused():
+    with pytest.raises(ValueError, match="label_smoothing: expected a number in"):
+        bradley_terry(jnp.zeros(1), jnp.zeros(1), label_smoothing=1.5)
+
+
 def test_smoothing_of_one_half_has_its_minimum_at_equal_rewards():
     slope = jax.grad(lambda d: bradley_terry(d, 0 * d, label_smoothing=0.5).sum())
     np.testing.assert_allclose(slope(jnp.zeros(2)), 0, atol=1e-7)

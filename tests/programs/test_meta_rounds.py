@@ -119,9 +119,9 @@ def test_two_rounds_run_and_a_stopped_driver_goes_on(tmp_path, yaml):
     root = run(config)
     kept = root / "round-1" / "reward" / "metrics.jsonl"
     before = kept.stat().st_mtime_ns
-    (root / "round-2" / "rloo" / "report.html").unlink()
+    (root / "round-2" / "rloo" / "finished").unlink()
     run(config)
     assert kept.stat().st_mtime_ns == before
-    assert (root / "round-2" / "rloo" / "report.html").exists()
+    assert (root / "round-2" / "rloo" / "finished").exists()
     rows = (root / "round-2" / "shifted.jsonl").read_text().splitlines()
     assert all(len(json.loads(row)["responses"]) == 2 for row in rows)

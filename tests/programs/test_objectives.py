@@ -9,7 +9,7 @@ from rlhf_jax.data.prepare import DataConfig
 from rlhf_jax.data.rows import Columns
 from rlhf_jax.losses.preference import hinge
 from rlhf_jax.losses.regularizers import batch_sum_to_zero
-from rlhf_jax.models.config import ComputeConfig
+from rlhf_jax.models.config import ComputeConfig, LoraConfig
 from rlhf_jax.programs import objectives
 from rlhf_jax.programs.dpo import DpoConfig
 from rlhf_jax.programs.meta_reward import InnerConfig, MetaRewardConfig
@@ -38,7 +38,30 @@ def test_coefficient_and_options_reach_the_regularizer():
 def test_only_terms_that_couple_ask_for_the_whole_batch():
     assert objectives.couples("batch_sum_to_zero")
     assert not objectives.couples("0.01*centring")
-    assert objectives.couples("rlhf_jax.losses.regularizers:squared_rewards") is False
+    assert objectives.couples("my_package.losses:anything?gamma=2")
+    assert not objectives.couples("hinge?min_gap=2")
+
+
+def unannotated(chosen_rewards, rejected_rewards, *, gamma=2.0, flag=False, other=None):
+    assert isinstance(gamma, float) and isinstance(flag, bool)
+    return chosen_rewards * gamma if flag else rejected_rewards
+
+
+def test_options_of_a_users_own_loss_have_the_type_of_their_defaults():
+    here = f"{__name__}:unannotated"
+    named = objectives.loss(f"{here}?gamma=3&flag=true")
+    np.testing.assert_array_equal(named(R, ZERO), 3 * R)
+    with pytest.raises(ValueError, match="flag: expected true or false, got 'yes'"):
+        objectives.loss(f"{here}?flag=yes")
+    with pytest.raises(ValueError, match="other: its type is not known; annotate"):
+        objectives.loss(f"{here}?other=1")
+
+
+def test_evaluation_leaves_out_what_couples_a_batch():
+    found = objectives.parts_of_evaluation(
+        "hinge", ["batch_sum_to_zero?num_groups=16", "0.1*centring"]
+    )
+    assert [function.__name__ for function, _ in found["regularizers"]] == ["centring"]
 
 
 @pytest.mark.parametrize(
@@ -78,7 +101,10 @@ def test_a_regularizer_that_cannot_be_is_named(text, message):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"regularizers": ["batch_sum_to_zero"], "batch_size": 1}, "use at least 2"),
+        (
+            {"regularizers": ["batch_sum_to_zero"], "batch_size": 1},
+            "use 2 or more, or centring",
+        ),
         ({"loss": "scaled_bradley_terry"}, "needs the column margin"),
         (
             {"loss": "direct", "rows": DataConfig(columns=Columns(margin="m"))},
@@ -101,6 +127,33 @@ def test_a_regularizer_that_cannot_be_is_named(text, message):
             "regularizers and contrastive are for pairs",
         ),
         ({"objective": "a:b", "loss": "hinge"}, "stands for loss, regularizers"),
+        (
+            {"regularizers": ["batch_sum_to_zero?num_groups=7"]},
+            "num_groups 7 does not divide the 64 pairs",
+        ),
+        (
+            {"loss": "plackett_luce", "rows": DataConfig(columns=Columns(weight="w"))},
+            "rows.columns.weight: is of pairs",
+        ),
+        (
+            {
+                "contrastive": ContrastiveConfig(kind="simcse"),
+                "lora": LoraConfig(dropout=0.1),
+            },
+            "without dropout the two views are the same",
+        ),
+        (
+            {
+                "contrastive": ContrastiveConfig(kind="simcse"),
+                "compute": ComputeConfig(dropout=0.1),
+                "train_only": "head",
+            },
+            "which train_only head leaves as they are",
+        ),
+        (
+            {"contrastive": ContrastiveConfig(coefficient=2.0)},
+            "set contrastive.kind to simcse or swav",
+        ),
     ],
 )
 def test_combinations_that_cannot_work_are_refused_before_anything_is_loaded(

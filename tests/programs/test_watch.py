@@ -157,25 +157,23 @@ def supervised(steps, **values):
 
 def test_a_contrastive_term_that_outweighs_the_preferences_is_named():
     name = "train/contrastive/share"
-    assert not watch_supervised(supervised(2 * WINDOW, **{name: 0.4}))
-    (line,) = watch_supervised(supervised(2 * WINDOW, **{name: 0.7}))
+    assert not watch_supervised(supervised(2 * WINDOW, **{name: 0.4}), {})
+    (line,) = watch_supervised(supervised(2 * WINDOW, **{name: 0.7}), {})
     assert "70% of the loss" in line
 
 
 def test_a_jump_of_the_meta_gradient_is_named():
     name = "train/meta/grad_norm"
     calm = supervised(2 * WINDOW, **{name: lambda n: 1e-3 + 1e-5 * (n % 3)})
-    assert not watch_supervised(calm)
+    assert not watch_supervised(calm, {})
     calm[-4][name] = 0.05
-    (line,) = watch_supervised(calm)
+    (line,) = watch_supervised(calm, {})
     assert "meta-gradient's norm jumped to 0.05" in line
 
 
 def test_a_loss_near_zero_speaks_only_while_validation_stands_still():
     history = supervised(2 * WINDOW, **{"train/loss": 1e-5})
-    assert not watch_supervised(history)
-    history[5]["eval/id/loss"], history[-1]["eval/id/loss"] = 0.5, 0.4
-    assert not watch_supervised(history)
-    history[-1]["eval/id/loss"] = 0.6
-    (line,) = watch_supervised(history)
+    assert not watch_supervised(history, {})
+    assert not watch_supervised(history, {"eval/id/loss": [0.5, 0.4]})
+    (line,) = watch_supervised(history, {"eval/id/loss": [0.5, 0.4, 0.6]})
     assert "near zero while validation" in line

@@ -1,0 +1,45 @@
+"""A study's directory: one file a seed, so that a stopped study goes on."""
+
+import contextlib
+import json
+import pathlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from rlhf_jax.io.run_dir import open_run, write_atomic
+
+
+@contextlib.contextmanager
+def study_dir(config: Any) -> Iterator[pathlib.Path]:
+    """The directory of a study, locked. More seeds may be asked for later; every other
+    setting must be that of the results in it.
+
+    Raises:
+        ValueError: the directory holds a study with other settings, listed.
+    """
+    opened = open_run(config.run_dir, config, holds_runs=True, may_change=("seeds",))
+    with opened.lock:
+        yield opened.path
+
+
+def by_seed(
+    root: pathlib.Path, seeds: int, one: Callable[[int], dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """`one(seed)` for each seed, read from its file where it is there; writes
+    study.json.
+
+    Args:
+        root: from `study_dir`.
+        seeds: how many, from 0.
+        one: JSON-able results of a seed.
+    """
+    results = []
+    for seed in range(seeds):
+        path = root / f"seed-{seed}.json"
+        if not path.exists():
+            write_atomic(path, json.dumps(one(seed)))
+        results.append(json.loads(path.read_text(encoding="utf-8")))
+    write_atomic(
+        root / "study.json", json.dumps({"schema": 1, "seeds": results}, indent=1)
+    )
+    return results
