@@ -97,7 +97,10 @@ def test_another_config_in_the_same_directory_is_refused(finished, capsys):
         (["--data", "nowhere.jsonl"], "nowhere.jsonl"),
         (["--data", "testbed:trian"], "unknown testbed set: 'trian'; did you mean"),
         (["--eval_data", "testbed:val_id"], "expected NAME=SPEC"),
-        (["--loss", "bradley_tery"], "loss 'bradley_tery': expected bradley_terry"),
+        (
+            ["--loss", "bradley_tery"],
+            "loss 'bradley_tery': unknown name; did you mean 'bradley_terry'?",
+        ),
         (["--loss", "nothing:here"], "cannot import"),
         (["--loss", "math:nothing"], "math has no function 'nothing'"),
         (["--batch_size", "6", "--accum_steps", "4"], "multiple of accum_steps"),
