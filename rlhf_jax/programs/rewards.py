@@ -8,6 +8,7 @@ A source is `[WEIGHT*]SPEC`. SPEC is
 
     package.module:function     a Python function, see `reward_functions`
     http://HOST:PORT/PATH       a scorer, see `http_scorer`
+    ensemble:DIR[?combine=...]  members of a `strength` run, see `scorer.open_scorer`
     anything else               a reward model, as in `--model` (see `models`)
 
 A reward model reads text through its own tokenizer and template, so the policy may have
@@ -33,7 +34,13 @@ from rlhf_jax.data.encode import EncodedCompletion, Encoder
 from rlhf_jax.data.messages import describe
 from rlhf_jax.programs.http_scorer import HttpScorer
 from rlhf_jax.programs.reward_functions import open_function, quoted
-from rlhf_jax.programs.scorer import Refusal, Scorer, ScoringConfig, open_scorer
+from rlhf_jax.programs.scorer import (
+    ENSEMBLE,
+    Refusal,
+    Scorer,
+    ScoringConfig,
+    open_scorer,
+)
 
 Rows: TypeAlias = Sequence[Mapping[str, Any]]
 ScoreTexts: TypeAlias = Callable[[Sequence[Any], Sequence[str], Rows], np.ndarray]
@@ -179,6 +186,8 @@ def kind_of(spec: str) -> Kind:
     """What a SPEC names; a path that exists is a model whatever its name."""
     if spec.startswith(("http://", "https://")):
         return "http"
+    if spec.startswith(ENSEMBLE):
+        return "model"
     if _FUNCTION.fullmatch(spec) and not pathlib.Path(spec).exists():
         return "function"
     return "model"

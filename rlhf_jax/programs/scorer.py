@@ -9,12 +9,14 @@ with its reason, not an exception and never a cut text.
 
 import dataclasses
 import functools
+import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
+from rlhf_jax.curation import ensemble
 from rlhf_jax.data.encode import EncodedCompletion, Encoder
 from rlhf_jax.evals import scoring
 from rlhf_jax.losses import statistics
@@ -27,6 +29,8 @@ from rlhf_jax.sharding import (
     batch_sharding,
     make_mesh,
 )
+
+ENSEMBLE = "ensemble:"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,10 +165,18 @@ class Scorer:
 def open_scorer(spec: str, config: ScoringConfig, *, seed: int = 0) -> Scorer:
     """The reward model of `--model SPEC`, ready to score.
 
+    Args:
+        spec: as in `models`; or ensemble:DIR[?combine=mean|min|mean-std], all reward
+            models in DIR/members (a run of `strength`), or in DIR, as one.
+        config: how.
+        seed: of a random head.
+
     Raises:
         ValueError: no such model, or one without a reward head (unless
             `untrained_head`).
     """
+    if spec.startswith(ENSEMBLE):
+        return _open_ensemble(spec, config)
     source = models.resolve(spec)
     if not source.reward and not config.untrained_head:
         raise ValueError(
@@ -202,6 +214,39 @@ def open_scorer(spec: str, config: ScoringConfig, *, seed: int = 0) -> Scorer:
         random_head=not source.reward,
         states_fn=functools.partial(call, "rewards_and_states"),
         head_norm=norm,
+    )
+
+
+def _open_ensemble(spec: str, config: ScoringConfig) -> Scorer:
+    """Every member scores each batch; `curation.ensemble` makes theirs one reward."""
+    place, _, query = spec.removeprefix(ENSEMBLE).partition("?")
+    name, _, how = query.partition("=")
+    if query and name != "combine":
+        raise ValueError(f"{spec}: unknown option {name!r}; expected combine=...")
+    how = how or "mean"
+    if how not in ensemble.COMBINE:
+        raise ValueError(
+            f"{spec}: combine: expected one of {', '.join(ensemble.COMBINE)}, got "
+            f"{how!r}"
+        )
+    root = pathlib.Path(place).expanduser()
+    folder = root / "members" if (root / "members").is_dir() else root
+    paths = sorted(path for path in folder.glob("*") if path.is_dir())
+    if len(paths) < 2:
+        raise ValueError(
+            f"{spec}: {len(paths)} models in {folder}; expected two or more, such as "
+            "the members of a strength run"
+        )
+    scorers = [open_scorer(str(path), config) for path in paths]
+
+    def score_fn(sequences: Any, score_at: Any) -> np.ndarray:
+        found = [np.asarray(s.score_fn(sequences, score_at)) for s in scorers]
+        rewards = np.stack(found, axis=-1)
+        combined = ensemble.COMBINE[how](rewards.reshape(-1, len(scorers)))
+        return combined.reshape(rewards.shape[:-1])
+
+    return dataclasses.replace(
+        scorers[0], score_fn=score_fn, states_fn=None, head_norm=None
     )
 
 

@@ -17,6 +17,8 @@ from rlhf_jax.io.checkpoint import load_params
 from rlhf_jax.models.config import ComputeConfig, LoraConfig
 from rlhf_jax.programs import dpo, meta_reward, reward, strength
 from rlhf_jax.programs.models import load_policy, load_reward_model
+from rlhf_jax.programs.rewards import kind_of
+from rlhf_jax.programs.scorer import ScoringConfig, open_scorer
 from rlhf_jax.programs.supervised import LoopConfig
 
 ROWS = DataConfig(num_shapes=1, row_length=128)
@@ -238,6 +240,40 @@ def test_warm_is_the_mean_of_the_members_and_loads(measured_root):
     _, average, _ = load_reward_model(str(root / "warm"))
     head = (members[0]["head"]["kernel"] + members[1]["head"]["kernel"]) / 2
     np.testing.assert_allclose(average["head"]["kernel"], head, atol=1e-6)
+
+
+@pytest.mark.parametrize("how", ["mean", "min", "mean-std"])
+def test_an_ensemble_is_one_scorer_of_all_members(measured_root, how):
+    spec = f"ensemble:{measured_root}?combine={how}"
+    assert kind_of(spec) == "model"
+    texts = [("Reverse this list: cat dog.", t) for t in ("dog cat", "cat", "Answer:")]
+    scorers = [open_scorer(s, ScoringConfig()) for s in (spec, *folders(measured_root))]
+    together, *apart = (s.rewards([s.encode(*t) for t in texts]) for s in scorers)
+    members = np.stack(apart, axis=1)
+    expected = {
+        "mean": members.mean(axis=1),
+        "min": members.min(axis=1),
+        "mean-std": members.mean(axis=1) - members.std(axis=1),
+    }
+    np.testing.assert_allclose(together, expected[how], atol=1e-5)
+
+
+def folders(root):
+    return [str(path) for path in sorted((root / "members").iterdir())]
+
+
+@pytest.mark.parametrize(
+    ("query", "message"),
+    [
+        ("?combine=most", "combine: expected one of mean, min, mean-std, got 'most'"),
+        ("?with=min", "unknown option 'with'; expected combine"),
+        ("/members/0", "expected two or more"),
+    ],
+)
+def test_an_ensemble_that_cannot_be_is_named(measured_root, tmp_path, query, message):
+    place = tmp_path if query.startswith("/") else measured_root
+    with pytest.raises(ValueError, match=message):
+        open_scorer(f"ensemble:{place}{query}", ScoringConfig())
 
 
 @pytest.mark.slow
