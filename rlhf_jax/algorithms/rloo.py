@@ -78,6 +78,8 @@ def rloo_objective(
     loss = mean_m max(-A_m rho_m, -A_m clip(rho_m, 1 - eps, 1 + eps)) [+ beta KL_m]
     rho_m = exp(sum_t logprob_t - old_logprob_t)
 
+    The metrics policy/ratio, clip_fraction and kl_step are of rho_m.
+
     Args:
         apply: from `policy_apply`.
         clip_eps: eps.
@@ -105,8 +107,17 @@ def rloo_objective(
             batch.weight > 0,
             clip_eps=clip_eps,
         )
-        metrics["policy/surrogate"] = weighted_mean(losses, batch.weight)
-        metrics["policy/surrogate_size"] = weighted_mean(jnp.abs(losses), batch.weight)
+        # What is clipped is one ratio a completion, so that is what is reported.
+        whole = policy.policy_statistics(
+            moved, jnp.zeros_like(moved), batch.weight > 0, clip_eps=clip_eps
+        )
+        metrics |= {
+            "policy/ratio": whole.ratio,
+            "policy/clip_fraction": whole.clip_fraction,
+            "policy/kl_step": whole.kl,
+            "policy/surrogate": weighted_mean(losses, batch.weight),
+            "policy/surrogate_size": weighted_mean(jnp.abs(losses), batch.weight),
+        }
         if kl_loss is not None:
             away = kl_loss(logprobs, batch.ref_logprobs, mask)
             losses += kl_coef * policy.sequence_sums(

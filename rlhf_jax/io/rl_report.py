@@ -75,7 +75,9 @@ def sample_table(path: pathlib.Path) -> Table | None:
     if not path.exists():
         return None
     rows = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    for line in (
+        path.read_text(encoding="utf-8", errors="replace").rstrip("\n").split("\n")
+    ):
         try:
             row = json.loads(line)
         except json.JSONDecodeError:

@@ -50,6 +50,8 @@ class OpenRun:
     path: pathlib.Path
     resumed: bool
     """Whether the directory holds this very run already."""
+    changed: tuple[str, ...]
+    """In what the config differs from before, "key: old -> new"."""
     lock: IO[str]
 
 
@@ -69,7 +71,8 @@ def open_run(
         config: of the run.
         holds_runs: True for a directory of several runs, which has begun as soon as
             there is anything in it.
-        may_change: top-level keys in which the config may differ from the earlier one.
+        may_change: keys, dotted where nested, in which the config may differ from the
+            earlier one.
 
     Raises:
         ValueError: the directory holds another run (the differing keys are listed) or
@@ -85,16 +88,19 @@ def open_run(
     try:
         path.mkdir(parents=True, exist_ok=True)
         lock = _lock(path)
+        changed: list[str] = []
         try:
             resumed = saved.exists() and _accept(saved, config, holds_runs, may_change)
-            if not resumed or may_change:
+            if resumed:
+                changed = _differences(saved, config)
+            if not resumed or changed:
                 write_atomic(saved, _versions() + configs.dump(config))
         except BaseException:
             lock.close()
             raise
     except OSError as error:
         raise ValueError(f"run_dir {run_dir}: cannot write there: {error}") from None
-    return OpenRun(path, resumed, lock)
+    return OpenRun(path, resumed, tuple(changed), lock)
 
 
 def is_finished(run_dir: str | pathlib.Path, config: Any) -> bool:
@@ -123,8 +129,14 @@ def _accept(
     Raises:
         ValueError: another run has.
     """
-    lines = _differences(saved, config, may_change)
-    begun = (saved.parent / "metrics.jsonl").exists()
+    lines = [
+        line
+        for line in _differences(saved, config)
+        if not _within(line.partition(":")[0], may_change)
+    ]
+    metrics = saved.parent / "metrics.jsonl"
+    begun = metrics.exists() and metrics.stat().st_size > 0
+    begun = begun or any((saved.parent / "checkpoints").glob("*"))
     if holds_runs:
         begun = any(path.name != saved.name for path in _foreign(saved.parent))
     if lines and begun:
@@ -192,17 +204,18 @@ def write_atomic(path: pathlib.Path, text: str) -> None:
     os.replace(unfinished, path)
 
 
-def _differences(
-    saved: pathlib.Path, config: Any, may_change: Sequence[str]
-) -> list[str]:
+def _within(key: str, groups: Sequence[str]) -> bool:
+    return any(key == group or key.startswith(f"{group}.") for group in groups)
+
+
+def _differences(saved: pathlib.Path, config: Any) -> list[str]:
     try:
         old = yaml.safe_load(saved.read_text())
     except (OSError, yaml.YAMLError) as error:
         raise ValueError(f"{saved}: cannot read the run's config: {error}") from None
     new = configs.to_dict(config)
     for values in (old, new):
-        for name in ("run_dir", *may_change):
-            values.pop(name, None)  # a moved directory is still the same run
+        values.pop("run_dir", None)  # a moved directory is still the same run
     return configs.differences(old, new)
 
 

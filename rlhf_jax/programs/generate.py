@@ -101,7 +101,7 @@ def run(config: GenerateConfig) -> int:
     """
     mesh = make_mesh(config.mesh)
     with contextlib.ExitStack() as stack:
-        out = stack.enter_context(_output(config))
+        _check_output(config)
         stack.enter_context(jax.set_mesh(mesh))
         model, params, tokenizer = load_policy(
             config.model, compute=config.compute, mesh=mesh
@@ -125,6 +125,7 @@ def run(config: GenerateConfig) -> int:
             )
         )
         judges = _judges(config, encoder)
+        out = stack.enter_context(_output(config))
         put = sharded.make_put(mesh)
         key = jax.random.key(config.seed)
         scores: dict[str, list[np.ndarray]] = {name: [] for name in judges}
@@ -238,16 +239,21 @@ def _best_of_n(config: GenerateConfig, scores: dict[str, list[np.ndarray]]) -> N
     print(f"report: {report.write_report(folder)}", file=sys.stderr)
 
 
+def _check_output(config: GenerateConfig) -> None:
+    """Before anything is loaded; the file is opened when all of it is."""
+    path = pathlib.Path(config.out).expanduser()
+    if config.out != "-" and path.exists() and not config.overwrite:
+        raise ValueError(
+            f"out {config.out}: exists; name another file or set --overwrite true"
+        )
+
+
 @contextlib.contextmanager
 def _output(config: GenerateConfig) -> Iterator[IO[str]]:
     if config.out == "-":
         yield sys.stdout
         return
     path = pathlib.Path(config.out).expanduser()
-    if path.exists() and not config.overwrite:
-        raise ValueError(
-            f"out {config.out}: exists; name another file or set --overwrite true"
-        )
     try:
         file = path.open("w", encoding="utf-8")
     except OSError as error:

@@ -170,7 +170,7 @@ class HttpScorer:
             raise ValueError(f"{begin} {size or describe(values)} ({where})")
         for n, value in enumerate(values):
             real = isinstance(value, numbers.Real) and not isinstance(value, bool)
-            if not real:
+            if not real or abs(value) > 1e300:  # JSON has integers of any size
                 raise ValueError(f"{begin} {describe(value)} at {n} ({where})")
             yield float(value)
 

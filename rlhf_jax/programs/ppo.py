@@ -7,6 +7,7 @@ MOSS-RLHF) and Zheng et al. 2023, arXiv:2307.04964.
 
 import dataclasses
 import functools
+import math
 import pathlib
 from collections.abc import Callable
 from typing import Any, Literal
@@ -40,7 +41,7 @@ from rlhf_jax.programs.reinforcement import (
     RLLoopConfig,
     reinforce,
 )
-from rlhf_jax.programs.scorer import ScoringConfig
+from rlhf_jax.programs.scorer import ENSEMBLE, ScoringConfig
 from rlhf_jax.rl import kl_controller, moments
 from rlhf_jax.sampling.generate import SamplingConfig
 from rlhf_jax.sharding import MeshConfig
@@ -316,11 +317,13 @@ def make_targets(
             explained_variance(jnp.asarray(completions.values), targets.returns, mask)
         ),
     }
-    if loss.kl_target is not None:
+    away = float(distance.sum(axis=1).mean())
+    # A KL that is nan must not stay in the controller after its step was dropped.
+    if loss.kl_target is not None and math.isfinite(away):
         cursor.kl_coef = float(
             kl_controller.adaptive(
                 cursor.kl_coef,
-                float(distance.sum(axis=1).mean()),
+                away,
                 target=loss.kl_target,
                 horizon=loss.kl_horizon,
                 count=len(completions.scores),
@@ -337,6 +340,11 @@ def make_targets(
 def _critic(config: PpoConfig, setting: rl_setup.Setting) -> tuple[Any, ...]:
     """(state, update, jitted values of (state, rows))."""
     spec = config.critic or next(iter(setting.rewards.models), config.model)
+    if spec.startswith(ENSEMBLE):
+        raise ValueError(
+            f"critic: the reward {spec} is several models, of which none is the critic's "
+            "start; name one with --critic, such as a member or its warm/ average"
+        )
     loaded = models.load_reward_model(
         spec,
         compute=config.compute,
@@ -416,20 +424,20 @@ def _ptx_rows(
     training.say(f"ptx: {account.summary()}")
     size = config.batch_size // config.minibatches
 
+    stream = Batches(
+        dataset,
+        size,
+        seed=config.seed,
+        accum_steps=config.accum_steps,
+        layout=config.rows.layout,
+        row_length=config.rows.row_length,
+        num_shapes=config.rows.num_shapes,
+        rows_multiple_of=setting.packing.rows_multiple_of,
+        prefetch=0,
+    )
+
     def rows(update: int, batch: Experience) -> ppo.Mixed:
-        stream = Batches(
-            dataset,
-            size,
-            seed=config.seed,
-            start_row=update * size,
-            accum_steps=config.accum_steps,
-            layout=config.rows.layout,
-            row_length=config.rows.row_length,
-            num_shapes=config.rows.num_shapes,
-            rows_multiple_of=setting.packing.rows_multiple_of,
-            prefetch=0,
-        )
-        ptx, _ = next(iter(stream))
+        ptx, _ = stream.build(update * size)
         # Of these tokens alone the policy's loss is the mean.
         learnt = np.take_along_axis(
             np.asarray(batch.weight) > 0,

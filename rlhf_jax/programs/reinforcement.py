@@ -152,12 +152,12 @@ def reinforce(
     }
     key = jax.random.key(seed)
     completions: Completions | None = None
-    history: list[dict[str, float]] = []
     with contextlib.ExitStack() as stack:
         manager = stack.enter_context(checkpoint.open_checkpoints(run_dir))
         fresh = manager.latest_step() is None
         if not fresh:
             learner, cursor, completions = _resume(manager, learner, cursor)
+        history = _history(run_dir, cursor.step)
         stopping = stack.enter_context(signals())
         bar = stack.enter_context(progress.rl_bar(title, steps, cursor.step))
         save = _Saver(manager, loop.keep, epochs)
@@ -290,12 +290,27 @@ def _check_finite(loop: RLLoopConfig, step: int, values: dict[str, float]) -> No
         )
 
 
+def _history(run_dir: pathlib.Path, step: int) -> list[dict[str, float]]:
+    """Metrics of the steps up to this one, for what `watch` compares with."""
+    path = run_dir / "metrics.jsonl"
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8").rstrip("\n").split("\n")
+    rows = [json.loads(line) for line in lines if line.strip()]
+    # null stands for what was not finite.
+    return [
+        {name: value for name, value in row.items() if value is not None}
+        for row in rows
+        if 0 < row["step"] <= step
+    ]
+
+
 def _write_samples(run_dir: pathlib.Path, step: int, table: list[dict]) -> None:
     """Adds rows to samples.jsonl; those a killed run wrote for later steps are gone."""
     path = run_dir / "samples.jsonl"
     kept = []
     if path.exists():
-        for line in path.read_text(encoding="utf-8").splitlines():
+        for line in path.read_text(encoding="utf-8").rstrip("\n").split("\n"):
             with contextlib.suppress(json.JSONDecodeError, KeyError):
                 if json.loads(line)["step"] < step:
                     kept.append(line)

@@ -14,6 +14,7 @@ global lock (a regular expression that backtracks for ever) cannot be timed. A t
 is not the main thread: `signal.alarm` does not work in it.
 """
 
+import contextlib
 import dataclasses
 import functools
 import inspect
@@ -145,8 +146,9 @@ class RewardFunction:
 
     def _number(self, n: int, value: Any, completions: Sequence[str]) -> float:
         scalar = isinstance(value, numbers.Real) or getattr(value, "shape", 0) == ()
-        if scalar and not isinstance(value, str):
-            return float(value)
+        if scalar and not isinstance(value, str) and not np.iscomplexobj(value):
+            with contextlib.suppress(TypeError, OverflowError):
+                return float(value)
         raise ValueError(
             f"reward {self.spec}: expected a number, got {describe(value)} for "
             f"{quoted(n, completions)}"

@@ -327,6 +327,13 @@ def _packing(
         config.sampling.max_new_tokens,
         config.sampling.num_samples,
     )
+    needed = longest + config.sampling.max_new_tokens
+    if length < needed:
+        raise ValueError(
+            f"rows.row_length {length}: the longest prompt of {longest} tokens and "
+            f"sampling.max_new_tokens {config.sampling.max_new_tokens} need {needed}; "
+            "set rows.row_length to at least that, or leave it out"
+        )
     return xp.Packing(
         layout=config.rows.layout,
         row_length=length,
@@ -381,6 +388,7 @@ def digest(dataset: PromptDataset) -> str:
     """What a resumed run must find again: the prompts' ids and their rows."""
     found = hashlib.sha256(dataset.tokens.tobytes())
     found.update(dataset.lengths.tobytes())
+    found.update(dataset.rows.tobytes())
     return found.hexdigest()
 
 
@@ -409,7 +417,10 @@ def measure(
         "completion/counted": completions.counts.mean(),
     }
     if len(columns) > 1:
-        found |= {f"reward/{name}": scores.mean() for name, scores in columns.items()}
+        # Not reward/NAME: a source may be called score, proxy or gold.
+        found |= {
+            f"reward/source/{name}": scores.mean() for name, scores in columns.items()
+        }
     if gold is not None:
         found["reward/gold"] = gold.mean()
         if gold.std() > 0 and total.std() > 0:

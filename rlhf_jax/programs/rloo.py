@@ -139,6 +139,11 @@ class RlooConfig:
                 f"{self.sampling.num_samples}: RLOO's baseline of each completion is "
                 "the mean of the others"
             )
+        if self.sampling.temperature == 0:
+            raise ValueError(
+                "sampling.temperature: expected a number above 0, got 0: greedy "
+                "completions of a prompt are all the same, and nothing could be learnt"
+            )
 
 
 def run(config: RlooConfig) -> pathlib.Path:

@@ -36,6 +36,17 @@ from rlhf_jax.programs.supervised import supervise
 from rlhf_jax.sharding import batch_devices, make_mesh
 from rlhf_jax.types import Sequences
 
+MAY_CHANGE = (
+    "loop.nonfinite",
+    "loop.save_every",
+    "loop.keep",
+    "loop.wandb_project",
+    "shaping.timeout_s",
+    "scoring.max_length",
+    "scoring.tokens_per_batch",
+)
+"""What a run may be resumed with another value of: how failures are met, and what does
+not touch a number."""
 TRAIN_ONLY = ("all", "head")
 REFERENCE = "reference"
 """Where an objective finds the parameters of a frozen reference model."""
@@ -96,8 +107,6 @@ def check_common(config: Any) -> None:
             f"loop.best {config.loop.best!r}: expected eval/NAME/METRIC with NAME one "
             f"of {', '.join(names)}"
         )
-    if any(spec.startswith("train=") for spec in config.eval_data):
-        raise ValueError("eval_data: the name 'train' is taken by the training rows")
     if config.epochs <= 0 or not math.isfinite(config.epochs):
         raise ValueError(f"epochs: expected a number above 0, got {config.epochs}")
 
@@ -106,10 +115,12 @@ def check_common(config: Any) -> None:
 def opened(config: Any) -> Iterator[tuple[pathlib.Path, Mesh]]:
     """The run directory, locked, and the mesh, set."""
     mesh = make_mesh(config.mesh)
-    run = run_dirs.open_run(config.run_dir, config)
+    run = run_dirs.open_run(config.run_dir, config, may_change=MAY_CHANGE)
     with run.lock, jax.set_mesh(mesh):
         if run.resumed:
             say(f"resuming the run in {run.path}")
+        for line in run.changed:
+            say(f"changed: {line}")
         yield run.path, mesh
 
 
@@ -174,6 +185,8 @@ def prepare_sets(
         run_dir: of the run.
         prepare_train: for training rows of another kind than the evaluation rows.
     """
+    if "train" in sets:
+        raise ValueError("eval_data: the name 'train' is taken by the training rows")
     prepared = {}
     for name, texts in {
         "train": config.data,

@@ -63,11 +63,6 @@ def watch(history: Sequence[dict[str, float]]) -> list[str]:
         lines.append(
             "auxiliary losses (KL, entropy, PTX) are ten times the policy loss"
         )
-    held_out = [k for k in history[-1] if k.startswith("eval/") and k.endswith("/loss")]
-    if abs(_last(history, "train/loss")) < 1e-4 and any(
-        abs(_change(windows[-2], windows[-1], name)) < 1 for name in held_out
-    ):
-        lines.append("the training loss is near zero while validation stands still")
     return lines
 
 

@@ -137,7 +137,7 @@ def _completions(policy: pathlib.Path) -> list[float]:
             )
         )
         partial.rename(out)
-    lines = out.read_text(encoding="utf-8").splitlines()
+    lines = out.read_text(encoding="utf-8").rstrip("\n").split("\n")
     return [float(json.loads(line)["gold"]) for line in lines]
 
 

@@ -163,7 +163,7 @@ def _completions(
 def _gold_pairs(path: pathlib.Path, count: int) -> list[dict[str, Any]]:
     """Pairs of one prompt's completions whose gold rewards differ by 0.05 or more."""
     pairs = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8").rstrip("\n").split("\n"):
         row = json.loads(line)
         for a, b in itertools.combinations(row["responses"], 2):
             better, worse = (a, b) if a["score"] > b["score"] else (b, a)

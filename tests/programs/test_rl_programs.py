@@ -531,3 +531,26 @@ def test_gsm8k_recipe_rewards_exact_answers(test_data, policy, tmp_path, one_dev
     for line in (first, last):
         assert 0 <= line["reward/proxy"] <= 1 and line["train/update/finite"] == 1
     assert 0 <= before["eval/test/proxy"] <= 1
+
+
+def test_evaluation_prompts_may_not_take_the_name_of_the_training_prompts(tmp_path):
+    """The held-out prompts would be trained on."""
+    with pytest.raises(ValueError, match="the name 'train' is taken"):
+        training.prepare_sets(
+            lambda *_, **__: pytest.fail("read"),
+            None,
+            {"train": "x.jsonl"},
+            None,
+            tmp_path,
+        )
+
+
+def test_greedy_completions_teach_rloo_nothing():
+    with pytest.raises(ValueError, match="temperature: expected a number above 0"):
+        rloo.RlooConfig(
+            run_dir="r",
+            model="tiny",
+            data=["p.jsonl"],
+            reward=[GOLD],
+            sampling=SamplingConfig(num_samples=2, max_new_tokens=4, temperature=0.0),
+        )
