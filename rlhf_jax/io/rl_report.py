@@ -75,9 +75,8 @@ def sample_table(path: pathlib.Path) -> Table | None:
     if not path.exists():
         return None
     rows = []
-    for line in (
-        path.read_text(encoding="utf-8", errors="replace").rstrip("\n").split("\n")
-    ):
+    text = path.read_text(encoding="utf-8", errors="replace")
+    for line in text.rstrip("\n").split("\n"):  # completions may hold U+2028
         try:
             row = json.loads(line)
         except json.JSONDecodeError:

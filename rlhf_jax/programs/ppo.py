@@ -342,8 +342,8 @@ def _critic(config: PpoConfig, setting: rl_setup.Setting) -> tuple[Any, ...]:
     spec = config.critic or next(iter(setting.rewards.models), config.model)
     if spec.startswith(ENSEMBLE):
         raise ValueError(
-            f"critic: the reward {spec} is several models, of which none is the critic's "
-            "start; name one with --critic, such as a member or its warm/ average"
+            f"critic: the reward {spec} is several models, of which none is the "
+            "critic's start; name one with --critic, such as a member or its warm/ average"
         )
     loaded = models.load_reward_model(
         spec,

@@ -146,13 +146,18 @@ class RewardFunction:
 
     def _number(self, n: int, value: Any, completions: Sequence[str]) -> float:
         scalar = isinstance(value, numbers.Real) or getattr(value, "shape", 0) == ()
-        if scalar and not isinstance(value, str) and not np.iscomplexobj(value):
+        if scalar and not isinstance(value, str) and not _is_complex(value):
             with contextlib.suppress(TypeError, OverflowError):
                 return float(value)
         raise ValueError(
             f"reward {self.spec}: expected a number, got {describe(value)} for "
             f"{quoted(n, completions)}"
         )
+
+
+def _is_complex(value: Any) -> bool:
+    """float() would drop the imaginary part of a NumPy number."""
+    return np.asarray(value).dtype.kind == "c"
 
 
 def open_function(spec: str, timeout_s: float) -> RewardFunction:

@@ -123,21 +123,6 @@ def test_auxiliary_losses_are_measured_against_the_size_of_the_surrogate():
     assert not spoken(bonus)  # a critic's warm-up has none
 
 
-def test_near_zero_loss_speaks_only_of_a_validation_that_is_known():
-    history = run(train_loss=lambda t: 0.0)
-    for values in history:
-        values["train/loss"] = 1e-6
-    for t in range(0, STEPS, WINDOW // 4):
-        history[t]["eval/held/loss"] = 0.5
-        history[t + WINDOW // 4 - 1]["eval/held/loss"] = 0.5 + 1e-3 * (t % 2)
-    assert any("validation stands still" in line for _, line in spoken(history))
-    seldom = [dict(values) for values in history]
-    for t, values in enumerate(seldom, 1):
-        if t % WINDOW:
-            values.pop("eval/held/loss", None)
-    assert not spoken(seldom)
-
-
 def test_nothing_is_said_before_two_windows_or_of_metrics_that_are_not_there():
     assert not spoken(run(2 * WINDOW - 1, policy_kl=lambda t: 100.0 * (t > 30)))
     assert not spoken([{}] * STEPS)
