@@ -343,7 +343,8 @@ def _critic(config: PpoConfig, setting: rl_setup.Setting) -> tuple[Any, ...]:
     if spec.startswith(ENSEMBLE):
         raise ValueError(
             f"critic: the reward {spec} is several models, of which none is the "
-            "critic's start; name one with --critic, such as a member or its warm/ average"
+            "critic's start; name one with --critic, such as a member or the average "
+            "in warm/"
         )
     loaded = models.load_reward_model(
         spec,
