@@ -113,9 +113,10 @@ def test_numbers_are_used_only_where_the_config_names_them():
         "p": 0.75,
         "w": 2,
     }
-    assert pair_row(row) == PairRow("q", "x", "y", None, None, 1.0)
-    named = Columns(margin="strength", soft_label="p", weight="w")
-    assert pair_row(row, named) == PairRow("q", "x", "y", 2.5, 0.75, 2.0)
+    assert pair_row(row) == PairRow("q", "x", "y")
+    named = Columns(margin="strength", soft_label="p", gap_bound="margin", weight="w")
+    numbers = {"margin": 2.5, "soft_label": 0.75, "gap_bound": 9.0, "weight": 2.0}
+    assert pair_row(row, named) == PairRow("q", "x", "y", **numbers)
 
 
 def test_columns_can_have_any_name():

@@ -120,7 +120,10 @@ def first_steps(name, datasets, mesh, *, accum_steps=1):
 
 @pytest.mark.parametrize(
     "name",
-    ["bsr", "simcse", "meta", pytest.param("swav", marks=pytest.mark.slow)],
+    [
+        "bsr",
+        *(pytest.param(n, marks=pytest.mark.slow) for n in OBJECTIVES if n != "bsr"),
+    ],
 )
 def test_eight_devices_and_micro_batches_take_the_steps_of_one(name, datasets):
     one_device = make_mesh(MeshConfig(), devices=jax.devices()[:1])

@@ -123,6 +123,7 @@ def test_regressions_solve_the_ridge_problem_of_the_states(done):
         assert entry["r2"] == pytest.approx(1 - np.mean(error**2) / variance, abs=1e-3)
 
 
+@pytest.mark.slow
 def test_what_was_saved_scores_pairs_as_the_card_says(done):
     out, _, pairs = done
     encoder = Encoder(tiny_tokenizer())

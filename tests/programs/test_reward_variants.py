@@ -65,6 +65,7 @@ def test_a_coupled_regularizer_takes_the_same_steps_in_micro_batches(tmp_path):
     np.testing.assert_allclose(losses(runs[1]), losses(runs[0]), rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_swav_run_leaves_a_plain_reward_model(tmp_path):
     config = reward.RewardConfig(
         run_dir=str(tmp_path / "swav"),
@@ -161,7 +162,7 @@ def policy(tmp_path_factory):
     return str(sft.run(config))
 
 
-@pytest.mark.parametrize("rank", [0, 2])
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 2])
 def test_dpo_starts_at_log_two_and_its_run_is_a_policy(tmp_path, policy, rank):
     config = dpo.DpoConfig(
         **BASE
