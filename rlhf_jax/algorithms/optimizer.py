@@ -5,6 +5,7 @@ import math
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 import optax
 
 
@@ -14,8 +15,8 @@ class OptimizerConfig:
 
     learning_rate: float = 1e-5
     """Peak learning rate."""
-    schedule: Literal["linear", "cosine", "constant"] = "linear"
-    """Decay after the warm-up."""
+    schedule: Literal["linear", "cosine", "constant", "inverse_sqrt"] = "linear"
+    """Decay after the warm-up; inverse_sqrt is peak * sqrt(warm-up steps / step)."""
     warmup: float = 0.05
     """Length of the linear warm-up, as a fraction of all steps."""
     final_scale: float = 0.0
@@ -59,6 +60,10 @@ def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
         decay = optax.linear_schedule(peak, final, decay_steps)
     elif config.schedule == "cosine":
         decay = optax.cosine_decay_schedule(peak, decay_steps, config.final_scale)
+    elif config.schedule == "inverse_sqrt":
+        warm = max(warmup_steps, 1)
+        # Asked for steps before the warm-up's end, too, whose value is not used.
+        decay = lambda step: peak * jnp.sqrt(warm / (warm + jnp.maximum(step, 0)))  # noqa: E731
     else:
         decay = optax.constant_schedule(peak)
     if warmup_steps == 0:

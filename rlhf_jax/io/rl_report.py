@@ -28,12 +28,13 @@ def rl_sections(
     """Over-optimisation, curves and samples."""
     folder = run_dir / "plots"
     sections = []
-    kl, proxy = series(rows, "policy/kl"), series(rows, "reward/proxy")
-    if len(kl[1]):
-        curve: dict[str, Any] = {"kl": kl[1], "proxy": proxy[1]}
-        gold = series(rows, "reward/gold")[1]
-        if len(gold) == len(kl[1]):
-            curve["gold"] = gold
+    names = {"kl": "policy/kl", "proxy": "reward/proxy", "gold": "reward/gold"}
+    if not any(names["gold"] in row for row in rows):
+        names.pop("gold")
+    # Steps of which a number is missing (it was not finite) are left out of all curves.
+    whole = [r for r in rows if all(r.get(key) is not None for key in names.values())]
+    if whole:
+        curve: dict[str, Any] = {n: series(whole, k)[1] for n, k in names.items()}
         plot = rl_plots.over_optimisation(
             {"training": curve}, folder / "over_optimisation.png"
         )

@@ -102,6 +102,7 @@ def run(config: GenerateConfig) -> int:
     mesh = make_mesh(config.mesh)
     with contextlib.ExitStack() as stack:
         _check_output(config)
+        rl_setup.one_process()
         stack.enter_context(jax.set_mesh(mesh))
         model, params, tokenizer = load_policy(
             config.model, compute=config.compute, mesh=mesh

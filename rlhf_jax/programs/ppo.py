@@ -168,7 +168,9 @@ class PpoConfig:
     """How reward models score."""
     rows: DataConfig = DataConfig()
     """How prompts are read, and the layout of rows."""
-    optimizer: OptimizerConfig = OptimizerConfig(learning_rate=5e-7, beta2=0.95)
+    optimizer: OptimizerConfig = OptimizerConfig(
+        learning_rate=5e-7, beta2=0.95, eps=1e-6
+    )
     """AdamW of the policy."""
     critic_optimizer: OptimizerConfig = OptimizerConfig(
         learning_rate=1.5e-6, beta2=0.95

@@ -189,6 +189,7 @@ def open_rl(config: Any) -> Iterator[Setting]:
         config: of rloo or ppo.
     """
     sets = configs.parse_named(config.eval_data, "--eval_data")
+    one_process()
     with training.opened(config) as (run_dir, mesh):
         slices = batch_devices(mesh)
         if config.batch_size % slices:
@@ -274,6 +275,19 @@ def check_rl(config: Any) -> None:
         raise ValueError(
             f"batch_size {config.batch_size}: expected a multiple of minibatches "
             f"{config.minibatches} x accum_steps {config.accum_steps}"
+        )
+
+
+def one_process() -> None:
+    """Refuses several processes: each would build the whole batch as its slice.
+
+    Raises:
+        ValueError: jax runs in more than one process.
+    """
+    if jax.process_count() > 1:
+        raise ValueError(
+            f"sampling runs in one process, jax has {jax.process_count()}; use the "
+            "devices of one host"
         )
 
 

@@ -12,7 +12,7 @@ from rlhf_jax.algorithms.optimizer import (
 )
 
 
-@pytest.mark.parametrize("schedule", ["linear", "cosine", "constant"])
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "constant", "inverse_sqrt"])
 def test_warmup_rises_to_the_peak_and_the_first_step_moves(schedule):
     rate = make_schedule(
         OptimizerConfig(learning_rate=1.0, schedule=schedule, warmup=0.1), 100
@@ -33,6 +33,13 @@ def test_linear_and_cosine_end_at_the_final_scale():
         assert float(rate(50)) == pytest.approx(0.1)
         middle = 0.55  # both curves are symmetric about their middle
         assert float(rate(25)) == pytest.approx(middle)
+
+
+def test_inverse_sqrt_halves_when_the_steps_are_four_times_the_warmup():
+    config = OptimizerConfig(learning_rate=1.0, schedule="inverse_sqrt", warmup=0.1)
+    rate = make_schedule(config, 100)
+    assert float(rate(40)) == pytest.approx(0.5)
+    assert float(rate(90)) == pytest.approx(1 / 3)
 
 
 def test_one_step_run_has_a_usable_schedule():
