@@ -145,8 +145,9 @@ def with_ptx(objective: Objective, sft: Objective, *, ptx_coef: float) -> Object
     def mixed(
         params: Any, batch: Mixed, key: jax.Array
     ) -> tuple[Mean, dict[str, Mean]]:
-        loss, metrics = objective(params, batch.experience, key)
-        supervised, _ = sft(params, batch.ptx, key)
+        policy_key, ptx_key = jax.random.split(key)
+        loss, metrics = objective(params, batch.experience, policy_key)
+        supervised, _ = sft(params, batch.ptx, ptx_key)
         scale = batch.ptx_scale.max()
         total = loss.total + ptx_coef * scale * supervised.total
         metrics = dict(metrics) | {"policy/ptx_loss": supervised}

@@ -239,7 +239,8 @@ def run(config: PpoConfig) -> pathlib.Path:
             learner: Learner, batch: Any, key: jax.Array, cursor: RLCursor
         ) -> tuple[Learner, dict[str, jax.Array]]:
             device_batch = setting.put_micro(batch)
-            critic, found = critic_update(learner.critic, device_batch, key)
+            critic_key = jax.random.fold_in(key, 1)
+            critic, found = critic_update(learner.critic, device_batch, critic_key)
             metrics = rl_setup.named(found, "value")
             policy = learner.policy
             if cursor.step >= config.loss.critic_warmup:

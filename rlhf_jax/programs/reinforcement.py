@@ -150,7 +150,8 @@ def reinforce(
         name: getattr(loop, f"{name}_every") or max(1, steps // per_run)
         for name, per_run in (("eval", 10), ("save", 10), ("samples", 20))
     }
-    key = jax.random.key(seed)
+    # Dropout's; the programs fold other numbers in for what is sampled.
+    key = jax.random.fold_in(jax.random.key(seed), 3)
     completions: Completions | None = None
     with contextlib.ExitStack() as stack:
         manager = stack.enter_context(checkpoint.open_checkpoints(run_dir))

@@ -110,6 +110,7 @@ def run(config: ServeConfig) -> None:
 def make_app(service: ScoreService, config: ServeConfig) -> Any:
     """The Starlette application on a running service."""
     from starlette.applications import Starlette
+    from starlette.exceptions import HTTPException
     from starlette.requests import Request
     from starlette.responses import JSONResponse, Response
     from starlette.routing import Route
@@ -130,11 +131,17 @@ def make_app(service: ScoreService, config: ServeConfig) -> Any:
             }
         )
 
+    async def refuse(request: Request, error: Exception) -> Response:
+        """404 and 405, in the form of every other error."""
+        assert isinstance(error, HTTPException)
+        told = f"{request.method} {request.url.path}: {error.detail}; POST {PATH}"
+        return JSONResponse({"error": told}, error.status_code, headers=error.headers)
+
     routes = [
         Route(PATH, get_reward, methods=["POST"]),
         Route("/health", health, methods=["GET"]),
     ]
-    return Starlette(routes=routes)
+    return Starlette(routes=routes, exception_handlers={HTTPException: refuse})
 
 
 async def _get_reward(

@@ -253,8 +253,10 @@ def test_a_body_of_unknown_length_is_limited_too(url):
 
 
 def test_other_paths_and_methods(url):
-    assert ask(url, None, "GET")[0] == 405
-    assert ask(url, {}, path="/nothing")[0] == 404
+    status, answer = ask(url, None, "GET")
+    assert status == 405 and "Method Not Allowed; POST /get_reward" in answer["error"]
+    status, answer = ask(url, {}, path="/nothing")
+    assert status == 404 and "POST /nothing: Not Found" in answer["error"]
     status, health = ask(url, None, "GET", "/health")
     assert status == 200
     assert health["model"] == "rm"
