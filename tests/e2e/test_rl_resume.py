@@ -126,6 +126,7 @@ def whole(setting, tmp_path_factory):
     return run_dir
 
 
+@pytest.mark.slow
 def test_killed_run_resumes_bit_for_bit(setting, whole, tmp_path):
     run_dir, chance = tmp_path / "run", random.Random()
     newer, delay_s = chance.randint(0, 2), chance.uniform(0, 0.3)

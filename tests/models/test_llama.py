@@ -125,6 +125,7 @@ def test_no_gradient_leaks_between_packed_sequences():
     assert reach[2].tolist() == [False] * 8 + [True] * 4
 
 
+@pytest.mark.slow
 def test_scan_equals_unrolled_with_dropout_too():
     settings = {"dropout": 0.3}
     lora = LoraConfig(rank=2, dropout=0.2)
@@ -218,6 +219,7 @@ def test_remat_changes_nothing(remat, scan_layers):
     )
 
 
+@pytest.mark.slow
 def test_remat_recomputes_what_its_name_says():
     """Counted in the gradient's program: none < attention < dots < full."""
     sequences = completion_sequences("packed", random_pairs(2, vocab_size=61))

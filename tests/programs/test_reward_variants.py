@@ -125,6 +125,7 @@ def meta_config(tmp_path, shifted, **changes):
     )
 
 
+@pytest.mark.slow
 def test_meta_reward_resumes_where_it_was(tmp_path, shifted):
     """Both streams go on: the losses are those of the run that never stopped."""
     config = meta_config(
@@ -243,7 +244,10 @@ def test_warm_is_the_mean_of_the_members_and_loads(measured_root):
     np.testing.assert_allclose(average["head"]["kernel"], head, atol=1e-6)
 
 
-@pytest.mark.parametrize("how", ["mean", "min", "mean-std"])
+@pytest.mark.parametrize(
+    "how",
+    ["mean-std", *(pytest.param(h, marks=pytest.mark.slow) for h in ("mean", "min"))],
+)
 def test_an_ensemble_is_one_scorer_of_all_members(measured_root, how):
     spec = f"ensemble:{measured_root}?combine={how}"
     assert kind_of(spec) == "model"
