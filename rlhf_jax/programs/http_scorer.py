@@ -170,9 +170,14 @@ class HttpScorer:
             raise ValueError(f"{begin} {size or describe(values)} ({where})")
         for n, value in enumerate(values):
             real = isinstance(value, numbers.Real) and not isinstance(value, bool)
-            if not real or abs(value) > 1e300:  # JSON has integers of any size
+            if not real:
                 raise ValueError(f"{begin} {describe(value)} at {n} ({where})")
-            yield float(value)
+            try:
+                yield float(value)
+            except OverflowError:  # JSON has integers of any size
+                raise ValueError(
+                    f"{begin} a number too large for a float at {n} ({where})"
+                ) from None
 
 
 def check_url(url: str) -> None:
