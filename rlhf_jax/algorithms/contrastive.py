@@ -75,7 +75,7 @@ class ContrastiveConfig:
 def make_contrast(config: ContrastiveConfig) -> Callable[..., jax.Array]:
     """(params, first [N D], second [N D], weight [N]) -> losses [N] of a config.
 
-    SwAV reads params["prototypes"]["kernel"] [K D].
+    SwAV reads `params["prototypes"]["kernel"]`, of shape [K D].
     """
     if config.kind == "swav":
         tau = config.temperature or 0.1

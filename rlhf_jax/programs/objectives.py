@@ -82,17 +82,23 @@ def parts(
 def parts_of_evaluation(
     loss_text: str, regularizer_texts: Sequence[str]
 ) -> dict[str, Any]:
-    """`parts` without what couples a batch: evaluation sets come in other batches, and
-    a value over those would mean something else."""
-    return parts(loss_text, [t for t in regularizer_texts if not couples(t)])
+    """`parts` without the regularizers of COUPLED: evaluation sets come in other
+    batches, and a value over those would mean something else."""
+    coupled = {function.__name__ for function in COUPLED}
+    kept = [t for t in regularizer_texts if _name(t) not in coupled]
+    return parts(loss_text, kept)
 
 
 def couples(text: str) -> bool:
     """Whether a loss or a regularizer needs the whole batch at once: the named ones
     that do, and every function of the user's own."""
-    name = text.partition("?")[0].rpartition("*")[2]
-    known = LOSSES | REGULARIZERS
+    known, name = LOSSES | REGULARIZERS, _name(text)
     return name not in known or known[name] in COUPLED
+
+
+def _name(text: str) -> str:
+    """Without coefficient and options."""
+    return text.partition("?")[0].rpartition("*")[2]
 
 
 def check(

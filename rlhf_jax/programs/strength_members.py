@@ -1,0 +1,206 @@
+"""The members of a strength run: trained, scored, averaged; what `strength` builds on.
+
+members/M/            a run of `reward`, or an exported model (at_once)
+members/M/rewards.npz its rewards for the pairs that it may judge, and their digest
+folds/without-F.jsonl what the members of fold F are trained on
+"""
+
+import dataclasses
+import hashlib
+import json
+import math
+import pathlib
+import shutil
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import jax
+import numpy as np
+
+from rlhf_jax.algorithms.optimizer import make_optimizer, make_schedule
+from rlhf_jax.algorithms.reward_model import reward_apply, reward_objective
+from rlhf_jax.data import prepare
+from rlhf_jax.data.encode import Encoder
+from rlhf_jax.data.store import PairDataset
+from rlhf_jax.programs import export, members, models, objectives, reward, training
+from rlhf_jax.programs.scored_rows import write_jsonl
+from rlhf_jax.programs.scorer import ScoringConfig, open_scorer
+from rlhf_jax.programs.supervised import LoopConfig
+
+if TYPE_CHECKING:
+    from rlhf_jax.programs.strength import StrengthConfig
+
+REWARDS = "rewards.npz"
+
+
+def folds(rows: Sequence[dict[str, Any]], config: "StrengthConfig") -> np.ndarray:
+    """The fold of each row; rows of one prompt share theirs."""
+    name = config.rows.columns.prompt
+    keys = [json.dumps(row.get(name, row), sort_keys=True) for row in rows]
+    number = {key: n for n, key in enumerate(dict.fromkeys(keys))}
+    return np.array([number[key] % max(config.folds, 1) for key in keys])
+
+
+def rewards(
+    config: "StrengthConfig",
+    root: pathlib.Path,
+    rows: Sequence[dict[str, Any]],
+    dataset: PairDataset,
+    fold: np.ndarray,
+    encoder: Encoder,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Rewards [Q M] of chosen and rejected, each row by members allowed to judge it."""
+    rewards = np.zeros((len(rows), 2, config.members), np.float32)
+    encoded = list(members.completions(dataset))
+    digest = hashlib.sha256(dataset.tokens.tobytes()).hexdigest()
+    for part in range(max(config.folds, 1)):
+        judged = np.flatnonzero(fold == part)
+        spec = config.data
+        if config.folds:
+            path = root / "folds" / f"without-{part}.jsonl"
+            path.parent.mkdir(exist_ok=True)
+            write_rows(path, (rows[n] for n in np.flatnonzero(fold != part).tolist()))
+            spec = str(path)
+        names = [
+            f"{part}-{m}" if config.folds else f"{m}" for m in range(config.members)
+        ]
+        folders = [root / "members" / name for name in names]
+        missing = [f for f in folders if not (f / REWARDS).exists()]
+        if config.at_once and missing:
+            _train_together(config, folders, spec, encoder)
+        for member, folder in enumerate(folders):
+            kept = folder / REWARDS
+            if not kept.exists():
+                training.say(f"member {folder.name}")
+                if not config.at_once:
+                    reward.run(_member(config, folder, spec, member))
+                scoring = ScoringConfig(
+                    template=config.rows.template,
+                    max_length=config.rows.max_length,
+                    compute=config.compute,
+                    mesh=config.mesh,
+                )
+                texts = [
+                    encoded[2 * n + side] for n in judged.tolist() for side in (0, 1)
+                ]
+                _save_rewards(
+                    kept, open_scorer(str(folder), scoring).rewards(texts), digest
+                )
+            rewards[judged, :, member] = _load_rewards(kept, digest)
+    return rewards[:, 0], rewards[:, 1]
+
+
+def _save_rewards(path: pathlib.Path, rewards: np.ndarray, digest: str) -> None:
+    """A whole file or none, with what was scored."""
+    partial = path.with_suffix(".partial.npz")
+    np.savez(partial, rewards=rewards, digest=np.array(digest))
+    partial.replace(path)
+
+
+def _load_rewards(path: pathlib.Path, digest: str) -> np.ndarray:
+    """[Q 2] of chosen and rejected.
+
+    Raises:
+        ValueError: other pairs were scored.
+    """
+    with np.load(path) as kept:
+        if str(kept["digest"]) != digest:
+            raise ValueError(
+                f"{path}: the members were trained on other pairs than --data holds "
+                "now; restore the data, or choose another --run_dir"
+            )
+        return kept["rewards"].reshape(-1, 2)
+
+
+def _train_together(
+    config: "StrengthConfig",
+    folders: Sequence[pathlib.Path],
+    spec: str,
+    encoder: Encoder,
+) -> None:
+    """All members of a fold by `members.make_trainer`, exported to their folders."""
+    loaded = models.load_reward_model(
+        config.model, compute=config.compute, key=jax.random.key(config.seed)
+    )
+    dataset, _ = prepare.prepare_pairs([spec], encoder, config.rows)
+    steps = config.steps or math.ceil(config.epochs * len(dataset) / config.batch_size)
+    tx = make_optimizer(config.optimizer, make_schedule(config.optimizer, steps))
+    objective = reward_objective(
+        reward_apply(loaded.model, deterministic=not config.compute.dropout),
+        **objectives.parts(config.loss, ()),
+    )
+    training.say(
+        f"{len(folders)} members at once: {steps} steps of {config.batch_size}"
+    )
+    trained = members.make_trainer(objective, tx, at_once=True)(
+        [loaded.params] * len(folders),
+        [dataset] * len(folders),
+        seeds=[config.seed + 1 + m for m in range(len(folders))],
+        steps=steps,
+        batch_size=config.batch_size,
+    )
+    for folder, params in zip(folders, trained, strict=True):
+        shutil.rmtree(folder, ignore_errors=True)
+        _export(folder, config, dataclasses.replace(loaded, params=params), encoder)
+
+
+def _member(
+    config: "StrengthConfig", folder: pathlib.Path, spec: str, member: int
+) -> reward.RewardConfig:
+    return reward.RewardConfig(
+        run_dir=str(folder),
+        model=config.model,
+        data=[spec],
+        loss=config.loss,
+        batch_size=config.batch_size,
+        accum_steps=config.accum_steps,
+        epochs=config.epochs,
+        steps=config.steps,
+        seed=config.seed + 1 + member,
+        head_seed=config.seed,
+        rows=config.rows,
+        optimizer=config.optimizer,
+        loop=LoopConfig(keep=1),
+        compute=config.compute,
+        lora=config.lora,
+        mesh=config.mesh,
+    )
+
+
+def write_rows(path: pathlib.Path, rows: Iterable[dict[str, Any]]) -> None:
+    """A whole file or none."""
+    partial = path.with_suffix(".partial")
+    write_jsonl(partial, rows)
+    partial.replace(path)
+
+
+def write_average(
+    config: "StrengthConfig", root: pathlib.Path, encoder: Encoder
+) -> None:
+    """warm/: the members' mean parameters as one model (WARM, arXiv:2401.12187)."""
+    out = root / "warm"
+    if out.exists():
+        return
+    training.say("average of the members")
+    folders = [root / "members" / str(m) for m in range(config.members)]
+    loaded = models.load_reward_model(str(folders[0]))
+    total = loaded.params
+    for folder in folders[1:]:
+        other = models.load_reward_model(str(folder)).params
+        total = jax.tree.map(lambda a, b: a + b, total, other)
+    mean = jax.tree.map(lambda leaf: leaf / config.members, total)
+    _export(out, config, dataclasses.replace(loaded, params=mean), encoder)
+
+
+def _export(
+    out: pathlib.Path, config: "StrengthConfig", loaded: models.Loaded, encoder: Encoder
+) -> None:
+    export.write(
+        str(out),
+        loaded,
+        kind="reward",
+        encoder=encoder,
+        dtype="float32",
+        max_shard_bytes=int(5e9),
+        source=models.resolve(config.model),
+    )
