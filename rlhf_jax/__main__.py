@@ -98,6 +98,21 @@ STUDIES = {
         "MetaStudyConfig",
         "MetaRM beside Bradley-Terry on completions of a shifted policy",
     ),
+    "meta-rounds": Program(
+        "rlhf_jax.studies.meta_rounds",
+        "MetaRoundsStudyConfig",
+        "rounds of MetaRM and RLOO beside one reward model, by label noise",
+    ),
+    "heads": Program(
+        "rlhf_jax.studies.heads",
+        "HeadsConfig",
+        "BT, hinge, norm, DR and BSR as heads of a frozen model, real data too",
+    ),
+    "domains": Program(
+        "rlhf_jax.studies.domains",
+        "DomainsConfig",
+        "heads trained on each domain and judged on each, real data too",
+    ),
     "detectors": Program(
         "rlhf_jax.studies.detectors",
         "DetectorsConfig",

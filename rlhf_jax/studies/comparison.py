@@ -12,14 +12,24 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
-import numpy as np
 from rich.table import Table
 
 from rlhf_jax.algorithms.update import Objective
+from rlhf_jax.evals.hidden_states import state_figures, states_summary
 from rlhf_jax.studies import world as worlds
 from rlhf_jax.studies.quickstart import SCENARIOS
 from rlhf_jax.studies.seeds import by_seed, study_dir
 from rlhf_jax.studies.statistics import interval, paired
+
+STATE_FIGURES = (
+    "state_norm_mean",
+    "state_norm_before_mean",
+    "difference_norm_before_mean",
+    "difference_norm_before_skewness",
+    "effective_rank",
+    "effective_rank_before",
+)
+"""Of the hidden states, see `evals.hidden_states`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,8 +76,10 @@ def compare(
             something to train.
 
     Returns:
-        By method, for each seed: `accuracy/SCENARIO`, `tau/SCENARIO`, `head_norm`,
-        `reward_std`.
+        By method, for each seed: `tau/SCENARIO`; `accuracy`, `reward_mean`,
+        `reward_std` and STATE_FIGURES by /SCENARIO and on the first training pairs,
+        /train; `head_norm`; `norm_dispersion`, the standard deviation of the
+        scenarios' mean |h|, and `norm_dispersion_before` the final norm.
     """
     with study_dir(config) as root:
 
@@ -109,13 +121,24 @@ def _one(
     params = {name: params[name] for name in ("backbone", "head")}
     result = {"head_norm": float(jax.numpy.linalg.norm(params["head"]["kernel"]))}
     size = {"size": config.eval_rows, "seed": seed}
-    for name in SCENARIOS:
-        pairs = world.pairs(worlds.rows(name, **size))
-        chosen, rejected = world.rewards([params], pairs)
+    figures = {}
+    for name in ("train", *SCENARIOS):
+        judged = rows[: config.eval_rows] if name == "train" else None
+        pairs = world.pairs(judged or worlds.rows(name, **size))
+        scored = worlds.rewards_and_states(world, params, pairs)
+        chosen, rejected = scored.rewards[0::2], scored.rewards[1::2]
         right = (chosen > rejected) + 0.5 * (chosen == rejected)
         result[f"accuracy/{name}"] = float(right.mean())
-        result[f"reward_std/{name}"] = float(np.concatenate([chosen, rejected]).std())
-        result[f"reward_mean/{name}"] = float(np.concatenate([chosen, rejected]).mean())
+        result[f"reward_std/{name}"] = float(scored.rewards.std())
+        result[f"reward_mean/{name}"] = float(scored.rewards.mean())
+        figures[name] = state_figures(scored.before, scored.after, pairs=True)
+        for key in STATE_FIGURES:
+            result[f"{key}/{name}"] = figures[name].metrics[key]
+    del figures["train"]
+    summary = states_summary(figures, head_norm=result["head_norm"])
+    for key in ("norm_dispersion", "norm_dispersion_before"):
+        result[key] = summary[key]
+    for name in SCENARIOS:
         quads = worlds.rows(f"quads_{name}", **size)
         result[f"tau/{name}"] = worlds.kendall_tau(world, params, quads)
     return result
@@ -127,18 +150,35 @@ def table(
     title: str,
     *,
     base: str = "BT",
+    sets: Sequence[str] = tuple(SCENARIOS),
 ) -> Table:
-    """One row a method, one column a scenario: mean over seeds, and below it the paired
-    difference from `base` with its 95 % interval."""
+    """`overall_table` of one metric, one column a judging set."""
+    columns = {name: functools.partial(_number, f"{metric}/{name}") for name in sets}
+    return overall_table(found, columns, title, base=base)
+
+
+def _number(key: str, result: Mapping[str, float]) -> float:
+    return result[key]
+
+
+def overall_table(
+    found: Mapping[str, Sequence[Mapping[str, float]]],
+    columns: Mapping[str, Callable[[Mapping[str, float]], float]],
+    title: str,
+    *,
+    base: str = "BT",
+) -> Table:
+    """One row a method, one column a number made of a seed's results: mean over seeds,
+    and below it the paired difference from `base` with its 95 % interval."""
     shown = Table(title=title, show_lines=True)
     shown.add_column("objective")
-    for name in SCENARIOS:
+    for name in columns:
         shown.add_column(name, justify="right")
     for method, results in found.items():
         cells = []
-        for name in SCENARIOS:
-            values = [r[f"{metric}/{name}"] for r in results]
-            before = [r[f"{metric}/{name}"] for r in found[base]]
+        for value in columns.values():
+            values = [value(r) for r in results]
+            before = [value(r) for r in found[base]]
             against = "" if method == base else f"\n{paired(values, before)}"
             cells.append(f"{interval(values).plain()}{against}")
         shown.add_row(method, *cells)

@@ -11,14 +11,23 @@ Source: Hong et al. 2025, arXiv:2505.07271, table 5, and its ablations.
 import dataclasses
 import functools
 import pathlib
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 
 from rlhf_jax.algorithms.reward_model import reward_objective
 from rlhf_jax.losses import preference, regularizers
 from rlhf_jax.studies import world as worlds
-from rlhf_jax.studies.comparison import ComparisonConfig, Method, compare, table
+from rlhf_jax.studies.comparison import (
+    ComparisonConfig,
+    Method,
+    compare,
+    overall_table,
+    table,
+)
+from rlhf_jax.studies.quickstart import SCENARIOS
 
 BSR = (regularizers.batch_sum_to_zero, 1e-3 * worlds.BATCH_SIZE)
 """The published form: lambda 1e-3 times the pairs of the batch, on one device."""
@@ -64,4 +73,25 @@ def run(config: ScenariosConfig) -> dict[str, Any]:
     )
     console.print(table(found, "tau", "Kendall's tau on quads"))
     console.print(table(found, "reward_std", "standard deviation of the rewards"))
+    console.print(overall_table(found, STATES, "hidden states, by scenario"))
     return found
+
+
+def _mean_over(key: str, result: Mapping[str, float]) -> float:
+    return float(np.mean([result[f"{key}/{name}"] for name in SCENARIOS]))
+
+
+def _above_training(result: Mapping[str, float]) -> float:
+    return _mean_over("effective_rank", result) - result["effective_rank/train"]
+
+
+STATES: dict[str, Callable[[Mapping[str, float]], float]] = {
+    "head norm": lambda result: result["head_norm"],
+    "|h| before the norm": functools.partial(_mean_over, "state_norm_before_mean"),
+    "its spread over scenarios": lambda result: result["norm_dispersion_before"],
+    "spread after the norm": lambda result: result["norm_dispersion"],
+    "effective rank": functools.partial(_mean_over, "effective_rank"),
+    "above that in training": _above_training,
+    "mean accuracy": functools.partial(_mean_over, "accuracy"),
+}
+"""The papers' account of what BSR does, beside the accuracy it should explain."""

@@ -38,7 +38,7 @@ from rlhf_jax.models.heads import RewardModel, init_head
 from rlhf_jax.programs import members, sft
 from rlhf_jax.programs.models import load_reward_model
 from rlhf_jax.studies.over_optimisation import once
-from rlhf_jax.studies.quickstart import SCENARIOS, QuickstartConfig, sft_config
+from rlhf_jax.studies.quickstart import QuickstartConfig, sft_config
 from rlhf_jax.testbed.rows import rows as testbed_rows
 
 BATCH_SIZE = 64
@@ -61,6 +61,9 @@ class World:
     """See `members.make_pair_rewards`."""
     score: Callable[..., Any]
     """Jitted (params, sequences, score_at) -> rewards."""
+    states: Callable[..., Any]
+    """Jitted (params, sequences, score_at) -> (rewards, states before the final norm,
+    after it)."""
 
     def start(self, seed: int) -> Any:
         """The policy's weights and a head drawn from the seed."""
@@ -101,14 +104,18 @@ def open_world(
     compute = ComputeConfig(scan_layers=False, dropout=dropout)
     model, params, tokenizer = load_reward_model(str(folder), compute=compute)
     encoder = make_encoder(tokenizer)
-    apply = jax.jit(lambda p, *inputs: model.apply({"params": p}, *inputs))
+
+    def apply(method: str, params: Any, *inputs: Any) -> Any:
+        return model.apply({"params": params}, *inputs, method=method)
+
     world = World(
         model,
         params["backbone"],
         encoder,
         Shapes(),
         members.make_pair_rewards(model),
-        apply,
+        jax.jit(functools.partial(apply, "__call__")),
+        jax.jit(functools.partial(apply, "rewards_and_states")),
     )
     sample = world.pairs(testbed_rows("train", size=1000, seed=12345))
     found = Batches(sample, BATCH_SIZE, num_shapes=1, row_length=96).shapes
@@ -167,9 +174,14 @@ def accuracy(world: World, params: Any, dataset: PairDataset) -> float:
     return float(np.mean((found > 0) + 0.5 * (found == 0)))
 
 
-def scenario_pairs(world: World, size: int, **options: Any) -> dict[str, PairDataset]:
-    """Evaluation pairs of the four scenarios, labelled by the gold reward."""
-    return {name: world.pairs(rows(name, size=size, **options)) for name in SCENARIOS}
+def rewards_and_states(
+    world: World, params: Any, dataset: PairDataset
+) -> scoring.ScoredStates:
+    """Of chosen, rejected, chosen, rejected ... of the pairs."""
+    encoded = list(members.completions(dataset))
+    return scoring.score_with_states(
+        functools.partial(world.states, params), encoded, np.arange(len(encoded))
+    )
 
 
 def kendall_tau(world: World, params: Any, quads: Sequence[Row]) -> float:

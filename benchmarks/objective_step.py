@@ -1,10 +1,10 @@
-"""What a MetaRM step costs beside a plain Bradley-Terry step, in one run.
+"""What BSR and MetaRM cost beside a plain Bradley-Terry step, in one run.
 
-    python benchmarks/meta_step.py
+    python benchmarks/objective_step.py
 
 The same model and pairs; the meta steps add as many sequences of shifted completions as
 there are in the pairs (16 pairs, 8 prompts with 4 completions each, lengths as in
-reward_step.py). The three take turns step by step; medians and their ratios.
+reward_step.py). All take turns step by step; medians and their ratios.
 """
 
 import argparse
@@ -25,6 +25,7 @@ from rlhf_jax.algorithms.update import init_state, make_update
 from rlhf_jax.data.encode import EncodedPair
 from rlhf_jax.data.kwise import EncodedKwise, pack_kwise
 from rlhf_jax.data.layout import pack_pairs
+from rlhf_jax.losses.regularizers import batch_sum_to_zero
 from rlhf_jax.models.heads import RewardModel, init_head_model
 from rlhf_jax.models.presets import PRESETS
 from rlhf_jax.types import MetaBatch
@@ -71,8 +72,10 @@ def measure(name: str, rounds: int, seed: int) -> dict[str, Any]:
             second_order=second_order,
         )
 
+    bsr = reward_objective(apply, regularizers=[(batch_sum_to_zero, 1e-3)])
     objectives = {
         "plain": lambda params, batch, key: outer(params, batch.pairs, key),
+        "BSR": lambda params, batch, key: bsr(params, batch.pairs, key),
         "first order": meta(False),
         "second order": meta(True),
     }
