@@ -4,7 +4,8 @@
 
 The same model and pairs; the meta steps add as many sequences of shifted completions as
 there are in the pairs (16 pairs, 8 prompts with 4 completions each, lengths as in
-reward_step.py). All take turns step by step; medians and their ratios.
+reward_step.py). All take turns step by step, in another order each round; medians and
+their ratios.
 """
 
 import argparse
@@ -91,10 +92,12 @@ def measure(name: str, rounds: int, seed: int) -> dict[str, Any]:
         found = updates[side].memory_analysis()
         memory[side] = getattr(found, "temp_size_in_bytes", 0)
     seconds: dict[str, list[float]] = {side: [] for side in objectives}
+    order = np.random.default_rng(seed)
     for _ in range(rounds + 1):
-        for side, update in updates.items():
+        # In random order: the step after the second order's takes its memory anew.
+        for side in order.permutation(list(updates)).tolist():
             start = time.perf_counter()
-            states[side], metrics = update(states[side], batch, key)
+            states[side], metrics = updates[side](states[side], batch, key)
             jax.block_until_ready((states[side], metrics))
             seconds[side].append(time.perf_counter() - start)
     medians = {side: statistics.median(s[1:]) for side, s in seconds.items()}

@@ -108,8 +108,15 @@ class PromptRow:
 Record = PairRow | ConversationRow | KwiseRow | PromptRow
 
 
-def normalise(row: dict[str, Any], columns: Columns = Columns()) -> Record:
+def normalise(
+    row: dict[str, Any], columns: Columns = Columns(), *, scored: bool = True
+) -> Record:
     """The record that the columns of a row make it: pair, K-wise, conversation, prompt.
+
+    Args:
+        row: of any shape.
+        columns: their names.
+        scored: see `kwise_row`.
 
     Raises:
         RowError: no shape fits, or the one that fits has wrong values.
@@ -117,7 +124,7 @@ def normalise(row: dict[str, Any], columns: Columns = Columns()) -> Record:
     if columns.chosen in row or columns.rejected in row:
         return pair_row(row, columns)
     if columns.responses in row:
-        return kwise_row(row, columns)
+        return kwise_row(row, columns, scored=scored)
     if any(name in row for name in _conversation_columns(columns)):
         return conversation_row(row, columns)
     return prompt_row(row, columns)

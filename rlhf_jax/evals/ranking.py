@@ -79,7 +79,8 @@ def evaluate_ranking(
     Returns:
         kendall_tau (all-tied rewards count 0) with _low and _high, kendall_tau_defined
         (all tied rewards left out), best_of_k, accuracy over every pair of differing
-        gold with _low and _high, n_pairs, n_prompts, gold_tied, reward_tied.
+        gold with _low and _high, mismatch_rate = 1 - accuracy, n_pairs, n_prompts,
+        gold_tied, reward_tied.
     """
     _check(rewards, gold)
     kept = [
@@ -117,6 +118,7 @@ def evaluate_ranking(
         "accuracy": interval.value,
         "accuracy_low": interval.low,
         "accuracy_high": interval.high,
+        "mismatch_rate": 1.0 - interval.value,
         "ties": int(np.sum(chosen == rejected)),
         "n_pairs": len(chosen),
     }

@@ -229,6 +229,7 @@ def _kwise_section(
         "gold tied": "gold_tied",
         "best of K": "best_of_k",
         "pair accuracy": "accuracy",
+        "mismatch": "mismatch_rate",
         "pairs": "n_pairs",
     }
     return Section(
@@ -237,7 +238,8 @@ def _kwise_section(
             "Kendall's tau-b of reward against gold score, prompt by prompt, then the "
             "mean. A prompt whose rewards all tie counts 0; one whose gold scores "
             "all tie has no order and is left out: both are counted. Intervals: "
-            "bootstrap over prompts."
+            "bootstrap over prompts. Mismatch: the share of a prompt's pairs that the "
+            "rewards order otherwise than the gold scores."
         ],
         plots=[Plot(png, "Kendall's tau-b with its 95 % interval.")],
         tables=[Table(("set", *columns), _rows(entries, columns))],

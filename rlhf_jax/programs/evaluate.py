@@ -26,6 +26,7 @@ from rlhf_jax.evals.rmbench import rmbench_table
 from rlhf_jax.io import report
 from rlhf_jax.programs import evaluation_tables, scored_rows
 from rlhf_jax.programs.evaluation_sets import EvalSet, ScoredSet, score_set, subset
+from rlhf_jax.programs.rewards import Rewards, open_rewards
 from rlhf_jax.programs.scored_rows import Job
 from rlhf_jax.programs.scorer import ScoringConfig, open_scorer
 
@@ -55,6 +56,10 @@ class EvaluateConfig:
     contrast_prefix: list[str] = dataclasses.field(default_factory=list)
     """Text before the instructions of such a file, which hold only inputs, as
     NAME=TEXT: "para=Paraphrase the following sentence: "."""
+    gold: str | None = None
+    """A reward that scores the responses of eval_data, whose own scores are not read:
+    package.module:function, http://..., or a model. With completions sampled from a
+    policy (`generate --grouped`) the result is the mismatch rate."""
     states: bool = False
     """Statistics of the hidden states of eval_data: norms, effective rank, head norm.
     Holds two float32 [N, D] of a set, N at most 4096 completions (a seeded subset)."""
@@ -64,6 +69,8 @@ class EvaluateConfig:
     """Seed of subsets and intervals."""
     bootstrap_samples: int = 2000
     """Resamples of an interval."""
+    timeout_s: float = 60.0
+    """Longest call of `gold`, if it is a function or HTTP."""
     columns: Columns = Columns()
     """Names of the columns of eval_data."""
     scoring: ScoringConfig = ScoringConfig()
@@ -76,11 +83,12 @@ class EvaluateConfig:
                 "nothing to evaluate on: give --eval_data NAME=SPEC, --rmbench PATH, "
                 "--rewardbench PATH or --contrast_instructions NAME=SPEC"
             )
-        if self.states and not self.eval_data:
-            raise ValueError(
-                "states: they are measured on eval_data, and there is none; give "
-                "--eval_data NAME=SPEC"
-            )
+        for name in ("states", "gold"):
+            if getattr(self, name) and not self.eval_data:
+                raise ValueError(
+                    f"{name}: measured on eval_data, and there is none; give "
+                    "--eval_data NAME=SPEC"
+                )
         if self.limit < 0 or self.bootstrap_samples < 1:
             raise ValueError(
                 f"limit {self.limit}, bootstrap_samples {self.bootstrap_samples}: "
@@ -93,6 +101,7 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
     sets = _sets(config)
     opened = [(data, sources.open_source(data.spec)) for data in sets]
     out = _directory(config.out)
+    gold = _open_gold(config, [s for data, s in opened if data.kind == "eval_data"])
     scorer = open_scorer(config.model, config.scoring, seed=config.seed)
     if config.states:
         scorer.check_states()
@@ -106,6 +115,7 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
             limit=config.limit,
             seed=config.seed,
             states=config.states,
+            gold=gold if data.kind == "eval_data" else None,
         )
         for data, source in opened
     }
@@ -145,6 +155,32 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
     evaluation_tables.show(result, _console())
     print(f"report: {report.write_report(out)}")
     return result
+
+
+def _open_gold(config: EvaluateConfig, sources_: Sequence[Any]) -> Rewards | None:
+    """The reward of --gold.
+
+    Raises:
+        ValueError: no set begins with a row of responses.
+    """
+    if config.gold is None:
+        return None
+    name = config.columns.responses
+    if not any(_begins_with(source, name) for source in sources_):
+        raise ValueError(
+            f"gold: it scores rows with {name}, and no set of eval_data has them; "
+            "sample some with `rlhf-jax generate --grouped true`, or leave --gold out"
+        )
+    return open_rewards(
+        [config.gold], scoring=config.scoring, timeout_s=config.timeout_s
+    )
+
+
+def _begins_with(source: Any, column: str) -> bool:
+    try:
+        return column in source[0][0]
+    except (sources.SourceError, IndexError):
+        return False
 
 
 def _sets(config: EvaluateConfig) -> list[EvalSet]:

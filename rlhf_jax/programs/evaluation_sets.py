@@ -26,6 +26,7 @@ from rlhf_jax.evals import hidden_states
 from rlhf_jax.evals.hidden_states import StateFigures
 from rlhf_jax.evals.rmbench import check_domains, rmbench_item
 from rlhf_jax.programs import scored_rows
+from rlhf_jax.programs.rewards import Rewards
 from rlhf_jax.programs.scored_rows import Job
 from rlhf_jax.programs.scorer import Refusal, Scorer
 
@@ -92,6 +93,7 @@ def score_set(
     limit: int = 0,
     seed: int = 0,
     states: bool = False,
+    gold: Rewards | None = None,
 ) -> ScoredSet:
     """Reads and scores a set and writes scores/NAME.jsonl.
 
@@ -104,13 +106,15 @@ def score_set(
         limit: rows, a seeded subset; 0 = all.
         seed: of the subset.
         states: whether the hidden states of eval_data are measured.
+        gold: scores the responses of eval_data, whose own are not read; they are
+            written as `gold_rewards`.
 
     Raises:
         ValueError: no row of the set can be scored, with the reasons; or its rows
             differ in kind.
     """
     taken = subset(len(source), limit, seed)
-    read = _reader(data, columns)
+    read = _reader(data, columns, scored=gold is None)
     jobs: list[Job] = []
     encoded: list[EncodedCompletion] = []
     aside: list[dict[str, Any]] = []
@@ -127,6 +131,8 @@ def score_set(
             jobs.append(job)
             encoded += texts
     _check_set(data, jobs, len(taken), aside)
+    if gold is not None and jobs[0].kind == "kwise":
+        jobs = _judged(jobs, gold)
     figures = None
     with _progress(data.name, len(encoded)) as advance:
         if states and data.kind == "eval_data":
@@ -136,16 +142,33 @@ def score_set(
     rewards = scored_rows.split_rewards(flat, jobs)
     scored_rows.write_jsonl(
         out / "scores" / f"{data.name}.jsonl",
-        (_with_rewards(j, r) for j, r in zip(jobs, rewards, strict=True)),
+        (
+            _with_rewards(j, r, with_gold=gold is not None)
+            for j, r in zip(jobs, rewards, strict=True)
+        ),
     )
     return ScoredSet(jobs, rewards, len(source), len(taken), aside, figures)
 
 
-def _reader(data: EvalSet, columns: Columns) -> Reader:
+def _judged(jobs: Sequence[Job], gold: Rewards) -> list[Job]:
+    """The jobs with the gold reward's scores of their texts."""
+    texts = [text for job in jobs for text in job.texts]
+    owners = [job for job in jobs for _ in job.texts]
+    found = gold([job.prompt for job in owners], texts, [job.row for job in owners])
+    scores = scored_rows.split_rewards(found.total, jobs)
+    return [
+        job._replace(gold=tuple(part.tolist()))
+        for job, part in zip(jobs, scores, strict=True)
+    ]
+
+
+def _reader(data: EvalSet, columns: Columns, *, scored: bool = True) -> Reader:
     """How a set's rows become jobs."""
     if data.kind in ("eval_data", "rewardbench"):
         own = columns if data.kind == "eval_data" else Columns()
-        return lambda source, index: scored_rows.read_job(lambda: source[index], own)
+        return lambda source, index: scored_rows.read_job(
+            lambda: source[index], own, scored=scored
+        )
     job_of = (
         _rmbench_job if data.kind == "rmbench" else partial(_contrast_job, data.prefix)
     )
@@ -189,9 +212,11 @@ def _encode(job: Job, scorer: Scorer) -> list[EncodedCompletion] | Refusal:
     return encoded
 
 
-def _with_rewards(job: Job, rewards: np.ndarray) -> dict[str, Any]:
+def _with_rewards(job: Job, rewards: np.ndarray, *, with_gold: bool) -> dict[str, Any]:
     if job.kind != "contrast":
-        return scored_rows.with_rewards(job, rewards)
+        gold = {scored_rows.GOLD_COLUMN: list(job.gold)} if with_gold else {}
+        own = gold if job.kind == "kwise" else {}
+        return scored_rows.with_rewards(job, rewards) | own
     values = zip(contrast.REWARD_COLUMNS, rewards.tolist(), strict=True)
     return {**job.row, **dict(values), "schema": scored_rows.SCHEMA}
 

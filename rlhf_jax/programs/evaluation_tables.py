@@ -85,13 +85,15 @@ def _kwise(entries: list[Mapping[str, Any]]) -> Table:
     table = _table(
         "K-wise rows",
         "tau-b per prompt, then the mean; rewards that all tie count 0; gold scores "
-        "that all tie are left out. Intervals: bootstrap over prompts.",
+        "that all tie are left out. Intervals: bootstrap over prompts. mismatch: pairs "
+        "that the rewards order otherwise than gold.",
         [
             "set",
             "prompts",
             "Kendall tau",
             "of length",
             "pair acc.",
+            "mismatch",
             "tied",
             "gold tied",
         ],
@@ -104,6 +106,7 @@ def _kwise(entries: list[Mapping[str, Any]]) -> Table:
             _with_interval(m, "kendall_tau"),
             _share(m.get("kendall_tau_of_length")),
             _share(m.get("accuracy")),
+            _share(m.get("mismatch_rate")),
             number(m["reward_tied"]),
             number(m["gold_tied"]),
         )

@@ -25,6 +25,8 @@ REWARD_COLUMNS = {
     "pairs": ("chosen_reward", "rejected_reward"),
     "kwise": ("rewards",),
 }
+GOLD_COLUMN = "gold_rewards"
+"""Scores that `evaluate --gold` gave the responses of a row."""
 SCHEMA = 1
 
 
@@ -43,14 +45,24 @@ class Job(NamedTuple):
 
 
 def job_of(
-    row: dict[str, Any], where: str, columns: rows.Columns = rows.Columns()
+    row: dict[str, Any],
+    where: str,
+    columns: rows.Columns = rows.Columns(),
+    *,
+    scored: bool = True,
 ) -> Job:
     """The job of a row.
+
+    Args:
+        row: of any shape with a text to score.
+        where: file and line.
+        columns: names.
+        scored: False takes responses without gold scores, and reads none.
 
     Raises:
         ValueError: no shape fits, or a reward column is there already.
     """
-    record = rows.normalise(row, columns)
+    record = rows.normalise(row, columns, scored=scored)
     if isinstance(record, rows.PairRow):
         texts = (record.chosen, record.rejected)
         job = Job(row, where, "pairs", record.prompt, texts, tools=record.tools)
@@ -65,7 +77,8 @@ def job_of(
             "nothing to score: expected a completion, chosen and rejected, or "
             "responses beside the prompt"
         )
-    taken = [name for name in REWARD_COLUMNS[job.kind] if name in row]
+    written = [*REWARD_COLUMNS[job.kind], *([] if scored else [GOLD_COLUMN])]
+    taken = [name for name in written if name in row]
     if taken:
         raise rows.RowError(
             f"the row has a column {taken[0]!r} already; rename it: it is not "
@@ -108,14 +121,17 @@ def encode_job(job: Job, scorer: Scorer) -> list[EncodedCompletion] | Refusal:
 def read_job(
     read: Callable[[], tuple[dict[str, Any], str]],
     columns: rows.Columns = rows.Columns(),
+    *,
+    scored: bool = True,
 ) -> Job | dict[str, Any]:
-    """The job of the (row, where) that `read` gives, or its line to set aside."""
+    """The job of the (row, where) that `read` gives, or its line to set aside; see
+    `job_of`."""
     try:
         row, where = read()
     except sources.SourceError as error:
         return set_aside(error.where, "cannot be read", error.reason)
     try:
-        return job_of(row, where, columns)
+        return job_of(row, where, columns, scored=scored)
     except ValueError as error:
         return set_aside(where, getattr(error, "kind", "malformed"), str(error), row)
 

@@ -293,8 +293,54 @@ def test_states_are_refused_where_there_are_only_rewards(tmp_path, fake):
         run(tmp_path, eval_data=[f"val={spec}"], states=True)
 
 
+def longest(prompts, completions):
+    """A gold reward: shorter is better."""
+    return [-float(len(text)) for text in completions]
+
+
+def test_gold_scores_sampled_completions_and_their_own_scores_are_not_read(
+    tmp_path, fake
+):
+    samples = [{"prompt": "Sort 2 1.", "responses": ["1", "1 2 3"]}] * 3
+    samples.append(
+        {"prompt": "Sort 3.", "responses": [{"text": "1", "score": "bad"}] * 2}
+    )
+    spec = write(tmp_path / "samples.jsonl", samples)
+    gold = f"{__name__}:longest"
+    found = run(tmp_path, eval_data=[f"policy={spec}"], gold=gold)["sets"][0]
+    # The model prefers longer texts, the gold reward shorter ones; equal texts have no
+    # order.
+    assert found["metrics"]["mismatch_rate"] == 1.0
+    assert found["metrics"]["gold_tied"] == 1 and found["set_aside"] == {}
+    rows = read(tmp_path / "out" / "scores" / "policy.jsonl")
+    assert rows[0]["gold_rewards"] == [-1.0, -5.0] and len(rows) == 4
+
+
+def test_mismatch_is_what_accuracy_leaves(tmp_path, fake):
+    spec = write(tmp_path / "quads.jsonl", quads())
+    metrics = run(tmp_path, eval_data=[f"quads={spec}"])["sets"][0]["metrics"]
+    assert metrics["mismatch_rate"] == 1.0 - metrics["accuracy"] == 0.0
+
+
+def test_gold_without_completions_to_score_is_an_error(tmp_path, fake):
+    spec = write(tmp_path / "pairs.jsonl", pairs())
+    with pytest.raises(ValueError, match="no set of eval_data has them"):
+        run(tmp_path, eval_data=[f"val={spec}"], gold=f"{__name__}:longest")
+    with pytest.raises(ValueError, match="gold: measured on eval_data"):
+        EvaluateConfig(model="m", out="o", rmbench="r.json", gold="a:b")
+
+
+def test_a_row_that_has_gold_rewards_already_is_set_aside(tmp_path, fake):
+    rows = quads(3)
+    rows[1]["gold_rewards"] = [0.0]
+    spec = write(tmp_path / "quads.jsonl", rows)
+    found = run(tmp_path, eval_data=[f"q={spec}"], gold=f"{__name__}:longest")
+    assert found["sets"][0]["n"] == 2
+    assert found["sets"][0]["set_aside"] == {"malformed": 1}
+
+
 def test_states_without_eval_data_are_an_error():
-    with pytest.raises(ValueError, match="states: they are measured on eval_data"):
+    with pytest.raises(ValueError, match="states: measured on eval_data"):
         EvaluateConfig(model="m", out="o", rmbench="r.json", states=True)
 
 
