@@ -48,6 +48,11 @@ PROGRAMS = {
         "StrengthConfig",
         "preference strength of pairs; flip, soften, drop, margins",
     ),
+    "curate": Program(
+        "rlhf_jax.programs.curate",
+        "CurateConfig",
+        "pairs filtered, weighed, bounded and augmented",
+    ),
     "attributes": Program(
         "rlhf_jax.programs.attributes",
         "AttributesConfig",

@@ -59,8 +59,9 @@ def new_over_old(
     old: Sequence[str],
     new_rewards: np.ndarray,
     old_rewards: np.ndarray,
-) -> tuple[list[Row], int]:
-    """(pairs that prefer the new policy's completion to the old one's, left out).
+) -> tuple[list[Row], np.ndarray]:
+    """(pairs that prefer the new policy's completion to the old one's, which prompts
+    gave one [Q]).
 
     A pair is left out where the two texts are the same, or r_new - r_old <= -eps with
     eps the standard deviation of the old rewards: there the reward model is sure that
@@ -87,16 +88,15 @@ def new_over_old(
         )
     _refuse_nan("new_over_old", new_rewards=new_rewards, old_rewards=old_rewards)
     if not len(prompts):
-        return [], 0
+        return [], np.zeros(0, bool)
     eps = float(old_rewards.std())  # one nan in it would leave out every pair
-    kept = [
-        {"prompt": prompt, "chosen": better, "rejected": worse}
-        for prompt, better, worse, gap in zip(
-            prompts, new, old, new_rewards - old_rewards, strict=True
-        )
-        if better != worse and gap > -eps
+    differ = np.array([a != b for a, b in zip(new, old, strict=True)])
+    kept = differ & (new_rewards - old_rewards > -eps)
+    pairs = [
+        {"prompt": prompts[n], "chosen": new[n], "rejected": old[n]}
+        for n in np.flatnonzero(kept).tolist()
     ]
-    return kept, len(prompts) - len(kept)
+    return pairs, kept
 
 
 def off_prompt(

@@ -58,7 +58,7 @@ def test_consensus_refuses_other_lengths_and_nan():
 def test_new_over_old_leaves_out_what_got_worse_by_a_standard_deviation():
     old_rewards = np.array([1.0, -1.0, 1.0, -1.0, 1.0, -1.0])  # eps = 1
     change = np.array([0.5, -0.5, -1.0, -0.999, -2.0, 3.0])
-    made, left_out = pairs.new_over_old(
+    made, kept = pairs.new_over_old(
         [f"p{n}" for n in range(6)],
         [f"new{n}" for n in range(5)] + ["same"],
         [f"old{n}" for n in range(5)] + ["same"],
@@ -67,7 +67,7 @@ def test_new_over_old_leaves_out_what_got_worse_by_a_standard_deviation():
     )
     assert [row["prompt"] for row in made] == ["p0", "p1", "p3"]
     assert made[0] == {"prompt": "p0", "chosen": "new0", "rejected": "old0"}
-    assert left_out == 3
+    assert kept.tolist() == [True, True, False, True, False, False]
 
 
 def test_new_over_old_follows_the_scale_of_the_rewards():
@@ -76,8 +76,8 @@ def test_new_over_old_follows_the_scale_of_the_rewards():
     texts = [f"x{n}" for n in range(50)], [f"y{n}" for n in range(50)]
     one = pairs.new_over_old(range(50), *texts, new, old)
     other = pairs.new_over_old(range(50), *texts, 10 * new + 3, 10 * old + 3)
-    assert one == other
-    assert 0 < one[1] < 50
+    assert one[0] == other[0]
+    assert 0 < one[1].sum() == len(one[0]) < 50
 
 
 def test_new_over_old_refuses_other_lengths_and_nan():
@@ -89,7 +89,8 @@ def test_new_over_old_refuses_other_lengths_and_nan():
 
 def test_new_over_old_of_nothing_is_nothing():
     none = np.zeros(0)
-    assert pairs.new_over_old([], [], [], none, none) == ([], 0)
+    made, kept = pairs.new_over_old([], [], [], none, none)
+    assert made == [] and len(kept) == 0
 
 
 def test_off_prompt_makes_one_row_eight_pairs_and_six_neutral_ones():
