@@ -169,12 +169,14 @@ def _trainer(objective: Any, optimizer: OptimizerConfig, steps: int) -> Callable
     update = make_update(objective, tx)
 
     def one(pairs: jax.Array, seed: jax.Array) -> tuple[jax.Array, jax.Array]:
-        start, *keys = jax.random.split(jax.random.key(seed), steps + 1)
-        width = pairs.shape[-1]
+        start, shuffle, key = jax.random.split(jax.random.key(seed), 3)
+        count, width = len(pairs), pairs.shape[-1]
         params = {"kernel": jax.random.normal(start, (width,)) * (width + 1) ** -0.5}
+        epochs = jax.random.split(shuffle, -(-steps * BATCH_SIZE // count))
+        order = jax.vmap(lambda k: jax.random.permutation(k, count))(epochs)
+        order = order.reshape(-1)[: steps * BATCH_SIZE].reshape(steps, BATCH_SIZE)
 
-        def step(state: Any, key: jax.Array) -> tuple[Any, jax.Array]:
-            drawn = jax.random.choice(key, len(pairs), (BATCH_SIZE,), replace=False)
+        def step(state: Any, drawn: jax.Array) -> tuple[Any, jax.Array]:
             first = 2 * jnp.arange(BATCH_SIZE)
             batch = PreferenceBatch(
                 sequences=pairs[drawn],  # type: ignore[arg-type]
@@ -186,7 +188,7 @@ def _trainer(objective: Any, optimizer: OptimizerConfig, steps: int) -> Callable
             state, metrics = update(state, batch, key)
             return state, metrics["update/finite"] > 0
 
-        state, finite = jax.lax.scan(step, init_state(params, tx), jnp.stack(keys))
+        state, finite = jax.lax.scan(step, init_state(params, tx), order)
         return state.params["kernel"], finite.all()
 
     return jax.jit(jax.vmap(one))
