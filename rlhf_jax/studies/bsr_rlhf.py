@@ -21,7 +21,6 @@ from rich.table import Table
 from rlhf_jax.programs import generate, reward, rloo, sft
 from rlhf_jax.programs.reinforcement import RLLoopConfig
 from rlhf_jax.sampling.generate import SamplingConfig
-from rlhf_jax.studies.over_optimisation import once, read
 from rlhf_jax.studies.quickstart import (
     GOLD,
     QuickstartConfig,
@@ -29,7 +28,7 @@ from rlhf_jax.studies.quickstart import (
     rloo_config,
     sft_config,
 )
-from rlhf_jax.studies.seeds import by_seed, study_dir
+from rlhf_jax.studies.seeds import by_seed, once, read, study_dir
 from rlhf_jax.studies.statistics import interval, paired
 
 KINDS = {

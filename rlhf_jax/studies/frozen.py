@@ -33,8 +33,8 @@ from rlhf_jax.data.prepare import DataConfig
 from rlhf_jax.programs import members, sft, training
 from rlhf_jax.programs.models import resolve
 from rlhf_jax.programs.scorer import Scorer, ScoringConfig, open_scorer
-from rlhf_jax.studies.over_optimisation import once
 from rlhf_jax.studies.quickstart import QuickstartConfig, sft_config
+from rlhf_jax.studies.seeds import once
 from rlhf_jax.types import PreferenceBatch
 
 PART = 256

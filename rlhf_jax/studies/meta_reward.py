@@ -40,14 +40,13 @@ from rlhf_jax.programs import generate, reward, rloo
 from rlhf_jax.programs.reinforcement import RLLoopConfig
 from rlhf_jax.sampling.generate import SamplingConfig
 from rlhf_jax.studies import world as worlds
-from rlhf_jax.studies.over_optimisation import once
 from rlhf_jax.studies.quickstart import (
     GOLD,
     QuickstartConfig,
     reward_config,
     rloo_config,
 )
-from rlhf_jax.studies.seeds import by_seed, study_dir
+from rlhf_jax.studies.seeds import by_seed, once, study_dir
 from rlhf_jax.studies.statistics import interval, paired
 from rlhf_jax.types import MetaBatch
 

@@ -29,7 +29,6 @@ from rlhf_jax.programs import meta_reward, meta_rounds, reward, rloo, sft
 from rlhf_jax.programs.reinforcement import RLLoopConfig
 from rlhf_jax.programs.scorer import ScoringConfig, open_scorer
 from rlhf_jax.sampling.generate import SamplingConfig
-from rlhf_jax.studies.over_optimisation import once, read
 from rlhf_jax.studies.quickstart import (
     GOLD,
     QuickstartConfig,
@@ -37,7 +36,7 @@ from rlhf_jax.studies.quickstart import (
     rloo_config,
     sft_config,
 )
-from rlhf_jax.studies.seeds import by_seed, study_dir
+from rlhf_jax.studies.seeds import by_seed, once, read, study_dir
 from rlhf_jax.studies.statistics import interval, paired
 
 LAST_STEPS = 5

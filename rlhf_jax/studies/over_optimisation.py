@@ -10,7 +10,7 @@ bias. Finished runs are read, not repeated: a study can be stopped and started a
 import dataclasses
 import json
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,7 @@ from rich.table import Table
 
 from rlhf_jax.algorithms.optimizer import OptimizerConfig
 from rlhf_jax.io import rl_plots
-from rlhf_jax.io.run_dir import is_finished, write_atomic
+from rlhf_jax.io.run_dir import write_atomic
 from rlhf_jax.programs import ppo, reward, rloo, sft
 from rlhf_jax.programs.reinforcement import RLLoopConfig
 from rlhf_jax.programs.supervised import LoopConfig
@@ -32,6 +32,7 @@ from rlhf_jax.studies.quickstart import (
     QuickstartConfig,
     sft_config,
 )
+from rlhf_jax.studies.seeds import once, read
 
 BINS = 12
 """Bins of the square root of the KL in the plot."""
@@ -85,16 +86,6 @@ def run(config: OverOptimisationConfig) -> dict[str, Any]:
     console.print(_table(found))
     console.print(f"plot   {plot}", highlight=False)
     return found
-
-
-def once(program: Callable[[Any], pathlib.Path], config: Any) -> pathlib.Path:
-    """The run of a config, which is not repeated if it is done.
-
-    Raises:
-        ValueError: its directory holds a run of another config.
-    """
-    path = pathlib.Path(config.run_dir)
-    return path if is_finished(path, config) else program(config)
 
 
 def _reward(
@@ -164,12 +155,6 @@ def _ppo(config: OverOptimisationConfig, seed: int, bias: float) -> ppo.PpoConfi
         critic_optimizer=OptimizerConfig(learning_rate=1e-3, beta2=0.95),
         **_shared(config, seed, bias, config.steps),
     )
-
-
-def read(run_dir: pathlib.Path) -> list[dict[str, Any]]:
-    """The metrics of a run, a dict a step."""
-    lines = (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return [json.loads(line) for line in lines]
 
 
 def summarise(paths: Sequence[pathlib.Path]) -> dict[str, Any]:

@@ -1,4 +1,5 @@
-"""A study's directory: one file a seed, so that a stopped study goes on."""
+"""A study's directory: runs and one file a seed, none of them made twice, so that a
+stopped study goes on."""
 
 import contextlib
 import json
@@ -6,7 +7,7 @@ import pathlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from rlhf_jax.io.run_dir import open_run, write_atomic
+from rlhf_jax.io.run_dir import is_finished, open_run, write_atomic
 
 
 @contextlib.contextmanager
@@ -43,3 +44,19 @@ def by_seed(
         root / "study.json", json.dumps({"schema": 1, "seeds": results}, indent=1)
     )
     return results
+
+
+def once(program: Callable[[Any], pathlib.Path], config: Any) -> pathlib.Path:
+    """The run of a config, which is not repeated if it is done.
+
+    Raises:
+        ValueError: its directory holds a run of another config.
+    """
+    path = pathlib.Path(config.run_dir)
+    return path if is_finished(path, config) else program(config)
+
+
+def read(run_dir: pathlib.Path) -> list[dict[str, Any]]:
+    """The metrics of a run, a dict a step."""
+    lines = (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]

@@ -37,8 +37,8 @@ from rlhf_jax.models.config import ComputeConfig
 from rlhf_jax.models.heads import RewardModel, init_head
 from rlhf_jax.programs import members, sft
 from rlhf_jax.programs.models import load_reward_model
-from rlhf_jax.studies.over_optimisation import once
 from rlhf_jax.studies.quickstart import QuickstartConfig, sft_config
+from rlhf_jax.studies.seeds import once
 from rlhf_jax.testbed.rows import rows as testbed_rows
 
 BATCH_SIZE = 64
