@@ -17,8 +17,9 @@ OFF_PROMPT = 4
 
 def consensus(
     rows: Sequence[Mapping[str, Any]], first: np.ndarray, second: np.ndarray
-) -> tuple[list[Row], int]:
-    """(the pairs whose labels two independent sources confirm, how many were left out).
+) -> tuple[list[Row], np.ndarray]:
+    """(the pairs whose labels two independent sources confirm, which rows those are
+    [Q]).
 
     Args:
         rows: pairs.
@@ -41,11 +42,12 @@ def consensus(
             f"consensus: {len(rows)} rows, {len(signs[0])} and {len(signs[1])} votes; "
             "expected one of each for every row"
         )
-    kept = []
-    for row, a, b in zip(rows, *signs, strict=True):
-        if a == b != 0:
-            kept.append(dict(row) if a > 0 else swapped(row))
-    return kept, len(rows) - len(kept)
+    kept = (signs[0] == signs[1]) & (signs[0] != 0)
+    confirmed = [
+        dict(rows[n]) if signs[0][n] > 0 else swapped(rows[n])
+        for n in np.flatnonzero(kept).tolist()
+    ]
+    return confirmed, kept
 
 
 def swapped(row: Mapping[str, Any]) -> Row:
@@ -111,8 +113,9 @@ def off_prompt(
         8 pairs    each of its own two completions over each of the four
         6 pairs    the four among each other, neutral: soft_label 0.5
 
-    Every row gets a `soft_label` column (1 for the originals and the eight) and
-    `augmentation`: "none", "off-prompt" or "neutral". A pair of two equal texts is left
+    New rows have the prompt and the tools of their row. Every row gets a `soft_label`
+    column (1 for the originals and the eight) and `augmentation`: "none", "off-prompt"
+    or "neutral". A pair of two equal texts is left
     out: prompts may share an answer.
 
     Args:
@@ -176,8 +179,8 @@ def _others(index: int, keys: Sequence[str], rng: np.random.Generator) -> list[i
 def _pair(
     row: Mapping[str, Any], chosen: Any, rejected: Any, soft_label: float, kind: str
 ) -> Row:
-    return {
-        "prompt": row["prompt"],
+    own = {name: row[name] for name in ("prompt", "tools") if name in row}
+    return own | {
         "chosen": chosen,
         "rejected": rejected,
         "soft_label": soft_label,

@@ -26,7 +26,7 @@ from rlhf_jax.evals.rmbench import rmbench_table
 from rlhf_jax.io import report
 from rlhf_jax.programs import evaluation_tables, scored_rows
 from rlhf_jax.programs.evaluation_sets import EvalSet, ScoredSet, score_set, subset
-from rlhf_jax.programs.rewards import Rewards, open_rewards
+from rlhf_jax.programs.rewards import open_rewards
 from rlhf_jax.programs.scored_rows import Job
 from rlhf_jax.programs.scorer import ScoringConfig, open_scorer
 
@@ -57,9 +57,10 @@ class EvaluateConfig:
     """Text before the instructions of such a file, which hold only inputs, as
     NAME=TEXT: "para=Paraphrase the following sentence: "."""
     gold: str | None = None
-    """A reward that scores the responses of eval_data, whose own scores are not read:
-    package.module:function, http://..., or a model. With completions sampled from a
-    policy (`generate --grouped`) the result is the mismatch rate."""
+    """A reward that judges every text of eval_data, whose labels and scores are not
+    read: package.module:function, http://..., or a model. Of completions sampled from a
+    policy (`generate --grouped`) the result is the mismatch rate; of held-out pairs its
+    control."""
     states: bool = False
     """Statistics of the hidden states of eval_data: norms, effective rank, head norm.
     Holds two float32 [N, D] of a set, N at most 4096 completions (a seeded subset)."""
@@ -101,7 +102,11 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
     sets = _sets(config)
     opened = [(data, sources.open_source(data.spec)) for data in sets]
     out = _directory(config.out)
-    gold = _open_gold(config, [s for data, s in opened if data.kind == "eval_data"])
+    gold = (
+        open_rewards([config.gold], scoring=config.scoring, timeout_s=config.timeout_s)
+        if config.gold
+        else None
+    )
     scorer = open_scorer(config.model, config.scoring, seed=config.seed)
     if config.states:
         scorer.check_states()
@@ -155,32 +160,6 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
     evaluation_tables.show(result, _console())
     print(f"report: {report.write_report(out)}")
     return result
-
-
-def _open_gold(config: EvaluateConfig, sources_: Sequence[Any]) -> Rewards | None:
-    """The reward of --gold.
-
-    Raises:
-        ValueError: no set begins with a row of responses.
-    """
-    if config.gold is None:
-        return None
-    name = config.columns.responses
-    if not any(_begins_with(source, name) for source in sources_):
-        raise ValueError(
-            f"gold: it scores rows with {name}, and no set of eval_data has them; "
-            "sample some with `rlhf-jax generate --grouped true`, or leave --gold out"
-        )
-    return open_rewards(
-        [config.gold], scoring=config.scoring, timeout_s=config.timeout_s
-    )
-
-
-def _begins_with(source: Any, column: str) -> bool:
-    try:
-        return column in source[0][0]
-    except (sources.SourceError, IndexError):
-        return False
 
 
 def _sets(config: EvaluateConfig) -> list[EvalSet]:

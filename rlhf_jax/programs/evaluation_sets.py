@@ -106,8 +106,9 @@ def score_set(
         limit: rows, a seeded subset; 0 = all.
         seed: of the subset.
         states: whether the hidden states of eval_data are measured.
-        gold: scores the responses of eval_data, whose own are not read; they are
-            written as `gold_rewards`.
+        gold: judges every text of eval_data, whose labels and scores are not read: a
+            set becomes one of K-wise rows, and its scores are written as
+            `gold_rewards`.
 
     Raises:
         ValueError: no row of the set can be scored, with the reasons; or its rows
@@ -124,6 +125,8 @@ def score_set(
             aside.append({"set": data.name, **job})
             continue
         texts = _encode(job, scorer)
+        if gold is not None and not isinstance(texts, Refusal):
+            texts = _refusal(job, gold) or texts
         if isinstance(texts, Refusal):
             line = scored_rows.set_aside(job.where, texts.reason, texts.detail, job.row)
             aside.append({"set": data.name, **line})
@@ -131,7 +134,7 @@ def score_set(
             jobs.append(job)
             encoded += texts
     _check_set(data, jobs, len(taken), aside)
-    if gold is not None and jobs[0].kind == "kwise":
+    if gold is not None:
         jobs = _judged(jobs, gold)
     figures = None
     with _progress(data.name, len(encoded)) as advance:
@@ -150,14 +153,23 @@ def score_set(
     return ScoredSet(jobs, rewards, len(source), len(taken), aside, figures)
 
 
+def _refusal(job: Job, gold: Rewards) -> Refusal | None:
+    """Why the gold reward cannot take a text of the job."""
+    row = {**job.row, "tools": job.tools}
+    found = (gold.refusal(job.prompt, text, row) for text in job.texts)
+    refusal = next((each for each in found if each is not None), None)
+    return refusal and dataclasses.replace(refusal, reason=f"gold: {refusal.reason}")
+
+
 def _judged(jobs: Sequence[Job], gold: Rewards) -> list[Job]:
-    """The jobs with the gold reward's scores of their texts."""
+    """The jobs as K-wise ones, with the gold reward's scores of their texts."""
     texts = [text for job in jobs for text in job.texts]
     owners = [job for job in jobs for _ in job.texts]
-    found = gold([job.prompt for job in owners], texts, [job.row for job in owners])
+    rows = [{**job.row, "tools": job.tools} for job in owners]
+    found = gold([job.prompt for job in owners], texts, rows)
     scores = scored_rows.split_rewards(found.total, jobs)
     return [
-        job._replace(gold=tuple(part.tolist()))
+        job._replace(kind="kwise", gold=tuple(part.tolist()))
         for job, part in zip(jobs, scores, strict=True)
     ]
 
@@ -214,8 +226,7 @@ def _encode(job: Job, scorer: Scorer) -> list[EncodedCompletion] | Refusal:
 
 def _with_rewards(job: Job, rewards: np.ndarray, *, with_gold: bool) -> dict[str, Any]:
     if job.kind != "contrast":
-        gold = {scored_rows.GOLD_COLUMN: list(job.gold)} if with_gold else {}
-        own = gold if job.kind == "kwise" else {}
+        own = {scored_rows.GOLD_COLUMN: list(job.gold)} if with_gold else {}
         return scored_rows.with_rewards(job, rewards) | own
     values = zip(contrast.REWARD_COLUMNS, rewards.tolist(), strict=True)
     return {**job.row, **dict(values), "schema": scored_rows.SCHEMA}

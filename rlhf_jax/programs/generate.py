@@ -168,6 +168,11 @@ def _judges(config: GenerateConfig, encoder: Any) -> dict[str, Rewards]:
     }
 
 
+ANSWERS = ("chosen", "rejected", "responses", "completion", "response", "messages")
+"""Columns of a row that hold answers of others: beside the sampled ones they would make
+it a row of another kind."""
+
+
 def _lines(
     texts: xp.Texts, rollout: Rollout, found: dict[str, np.ndarray], samples: int
 ) -> Iterator[dict[str, Any]]:
@@ -176,7 +181,7 @@ def _lines(
         real = rollout.mask[m]
         yield {
             "schema": 1,
-            **texts.rows[m],
+            **{k: v for k, v in texts.rows[m].items() if k not in ANSWERS},
             "prompt": texts.prompts[m],
             "completion": completion,
             "sample": m % samples,

@@ -68,6 +68,8 @@ class Source(NamedTuple):
     kind: Kind
     weight: float
     score: ScoreTexts
+    refusal: Callable[[Any, str, Mapping[str, Any]], Refusal | None]
+    """Why a (prompt, completion, row) has no reward; None = it has one."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -102,6 +104,13 @@ class Rewards:
             total += source.weight * found
         return RewardResult(total, columns)
 
+    def refusal(
+        self, prompt: Any, completion: str, row: Mapping[str, Any]
+    ) -> Refusal | None:
+        """Why some source cannot take this text; a call with it would be an error."""
+        found = (source.refusal(prompt, completion, row) for source in self.sources)
+        return next((refusal for refusal in found if refusal is not None), None)
+
     @property
     def models(self) -> list[str]:
         """SPECs of the reward models among the sources; a critic starts from [0]."""
@@ -135,18 +144,20 @@ def open_rewards(
     plain = [spec for _, spec in parsed]
     _check_specs(plain)
     kinds: list[Kind] = [kind_of(spec) for spec in plain]
-    opened: dict[str, ScoreTexts] = {}
+    opened: dict[str, tuple[ScoreTexts, Any]] = {}
     # Models last: a misspelt function is an error before gigabytes are read.
     for spec, kind in sorted(zip(plain, kinds), key=lambda pair: pair[1] == "model"):
         if kind == "function":
-            opened[spec] = open_function(spec, timeout_s)
+            opened[spec] = open_function(spec, timeout_s), _takes_all
         elif kind == "http":
-            opened[spec] = _http(HttpScorer(spec, timeout_s, encoder=encoder))
+            scorer = HttpScorer(spec, timeout_s, encoder=encoder)
+            opened[spec] = _http(scorer), _takes_all
         else:
-            opened[spec] = _model(spec, open_scorer(spec, scoring), row_length)
+            scorer = open_scorer(spec, scoring)
+            opened[spec] = _model(spec, scorer, row_length), _refusal_of(scorer)
     return Rewards(
         tuple(
-            Source(name, spec, kind, weight, opened[spec])
+            Source(name, spec, kind, weight, *opened[spec])
             for name, kind, (weight, spec) in zip(_names(plain, kinds), kinds, parsed)
         )
     )
@@ -204,6 +215,18 @@ def _names(specs: list[str], kinds: list[Kind]) -> list[str]:
         else:
             short.append(pathlib.PurePath(spec).name or spec)
     return [n if short.count(n) == 1 else spec for n, spec in zip(short, specs)]
+
+
+def _takes_all(prompt: Any, completion: str, row: Mapping[str, Any]) -> None:
+    """Functions and HTTP scorers refuse nothing beforehand."""
+
+
+def _refusal_of(scorer: Scorer) -> Callable[..., Refusal | None]:
+    def refusal(prompt: Any, completion: str, row: Mapping[str, Any]) -> Refusal | None:
+        found = scorer.encode(prompt, completion, tools=row.get("tools") or None)
+        return found if isinstance(found, Refusal) else None
+
+    return refusal
 
 
 def _http(scorer: HttpScorer) -> ScoreTexts:

@@ -57,7 +57,8 @@ def job_of(
         row: of any shape with a text to score.
         where: file and line.
         columns: names.
-        scored: False takes responses without gold scores, and reads none.
+        scored: False takes responses without gold scores, and reads none; the row's
+            texts then get `rewards` and `gold_rewards`.
 
     Raises:
         ValueError: no shape fits, or a reward column is there already.
@@ -77,7 +78,7 @@ def job_of(
             "nothing to score: expected a completion, chosen and rejected, or "
             "responses beside the prompt"
         )
-    written = [*REWARD_COLUMNS[job.kind], *([] if scored else [GOLD_COLUMN])]
+    written = REWARD_COLUMNS[job.kind] if scored else ("rewards", GOLD_COLUMN)
     taken = [name for name in written if name in row]
     if taken:
         raise rows.RowError(

@@ -7,11 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from rlhf_jax.data.prepare import DataConfig, make_encoder, prepare_pairs
+from rlhf_jax.data.rows import Columns
 from rlhf_jax.programs import curate
 from rlhf_jax.programs.curate import BoundConfig, CurateConfig, WeightConfig
 from rlhf_jax.programs.likelihood import open_likelihood
 from rlhf_jax.programs.models import load_policy
 from rlhf_jax.programs.scorer import ScoringConfig
+from rlhf_jax.testbed import tokenizer
 
 ROWS = [
     {"prompt": "sort : 3 1 2", "chosen": "1 2 3", "rejected": "3 2", "id": "a"},
@@ -51,7 +54,7 @@ def test_pairs_that_the_second_source_orders_otherwise_are_left_out(tmp_path, ca
 
 def test_bounds_by_length_are_those_of_the_formula(tmp_path):
     found = run(tmp_path, bound=BoundConfig(by="length", scale=2.0, offset=1.0))
-    for row, ratio in zip(found, (2 / 3, 2 / 4, 1 / 2), strict=True):
+    for row, ratio in zip(found, (3 / 5, 3 / 7, 1 / 3), strict=True):
         assert row["gap_bound"] == pytest.approx(2.0 / (ratio + 0.001) + 1.0, rel=1e-5)
         assert row["id"] in "abc"
 
@@ -68,11 +71,8 @@ def test_bounds_by_states_are_tightest_for_equal_texts(tmp_path):
 def test_likelihood_is_the_sum_of_the_completions_log_probabilities():
     likelihood = open_likelihood("testbed", ScoringConfig())
     model, params, _ = load_policy("testbed")
-    encoded = [
-        likelihood.encode(row["prompt"], row[side])
-        for row in ROWS
-        for side in ("chosen", "rejected")
-    ]
+    texts = [ROWS[0]["chosen"], ROWS[0]["rejected"]]
+    encoded = [likelihood.encode(ROWS[0]["prompt"], text) for text in texts]
     found = likelihood.rewards(encoded)
     for each, value in zip(encoded, found, strict=True):
         ids = np.concatenate([each.prompt, each.completion])
@@ -129,6 +129,7 @@ def test_pairs_of_a_new_policy_over_the_old(tmp_path):
     assert read(out)[1]["chosen"] == "5"
     aside = read(tmp_path / "o.jsonl.errors.jsonl")
     assert [line["where"] for line in aside] == [f"{tmp_path / 'new.jsonl'}:2"]
+    assert aside[0]["reason"] == "equal to the old, or worse"
 
 
 def test_rows_that_are_no_pairs_are_set_aside_with_their_place(tmp_path):
@@ -137,7 +138,62 @@ def test_rows_that_are_no_pairs_are_set_aside_with_their_place(tmp_path):
     assert len(found) == 3
     aside = read(tmp_path / "o.jsonl.errors.jsonl")
     assert [line["where"].rsplit(":", 1)[1] for line in aside] == ["4", "5"]
-    assert aside[1]["reason"] == "no pair"
+
+
+def test_what_other_programs_wrote_beside_a_pair_stays(tmp_path):
+    rows = [ROWS[0] | {"chosen_reward": 1.0, "rejected_reward": 2.0, "schema": 1}]
+    assert (
+        run(tmp_path, rows, bound=BoundConfig(by="length"))[0]["chosen_reward"] == 1.0
+    )
+
+
+def test_every_pair_has_every_column_and_trains(tmp_path, capsys):
+    run(tmp_path, off_prompt=True, bound=BoundConfig(by="length"))
+    said = capsys.readouterr().out
+    assert "--regularizers 1*bounded_gap" in said
+    columns = Columns(gap_bound="gap_bound", soft_label="soft_label")
+    dataset, account = prepare_pairs(
+        [str(tmp_path / "o.jsonl")],
+        make_encoder(tokenizer.testbed_tokenizer()),
+        DataConfig(columns=columns),
+    )
+    assert account.kept == account.total > 30
+    assert dataset.gap_bound is not None and np.isfinite(dataset.gap_bound).all()
+
+
+def test_columns_that_were_there_before_are_not_named_as_written(tmp_path, capsys):
+    rows = [row | {"soft_label": 1.0} for row in ROWS]
+    run(tmp_path, rows, bound=BoundConfig(by="length"))
+    assert "soft_label" not in capsys.readouterr().out
+
+
+def test_a_column_of_a_standard_name_is_not_overwritten(tmp_path):
+    rows = [{"question": "q", "chosen": "a", "rejected": "b", "prompt": "SYSTEM"}]
+    with pytest.raises(ValueError, match="a column 'prompt' beside its 'question'"):
+        run(
+            tmp_path,
+            rows,
+            columns=Columns(prompt="question"),
+            bound=BoundConfig(by="length"),
+        )
+
+
+def test_texts_too_long_for_the_policy_are_set_aside(tmp_path):
+    weight = WeightConfig(policy="testbed", reference="testbed")
+    long = {"prompt": "sort : 1", "chosen": "1 " * 40, "rejected": "1"}
+    scoring = ScoringConfig(max_length=24)
+    found = run(tmp_path, [*ROWS, long], weight=weight, scoring=scoring)
+    assert len(found) == 3
+    aside = read(tmp_path / "o.jsonl.errors.jsonl")
+    assert [line["reason"] for line in aside] == ["longer than max_length 24"]
+    with pytest.raises(ValueError, match="no pair is left"):
+        run(
+            tmp_path,
+            weight=weight,
+            scoring=ScoringConfig(max_length=4),
+            overwrite=True,
+        )
+    assert len(read(tmp_path / "o.jsonl.errors.jsonl")) == 3
 
 
 @pytest.mark.parametrize(
@@ -170,10 +226,13 @@ def test_what_is_there_is_not_overwritten(tmp_path):
         run(tmp_path, bound=bound)
 
 
-def test_a_text_too_long_for_the_policy_is_named(tmp_path):
-    weight = WeightConfig(policy="testbed", reference="testbed")
-    with pytest.raises(ValueError, match=":1: chosen: longer than max_length 4"):
-        run(tmp_path, weight=weight, scoring=ScoringConfig(max_length=4))
+def test_a_place_that_cannot_be_written_is_found_before_anything_is_read(tmp_path):
+    (tmp_path / "file").write_text("")
+    config = CurateConfig(
+        data="no such file", out=str(tmp_path / "file" / "o"), off_prompt=True
+    )
+    with pytest.raises(ValueError, match="cannot write there"):
+        curate.run(config)
 
 
 def test_other_prompts_or_no_completions_are_refused(tmp_path):
@@ -181,16 +240,17 @@ def test_other_prompts_or_no_completions_are_refused(tmp_path):
     two = write(tmp_path / "2.jsonl", [{"prompt": "q", "completion": "a"}])
     pairs = write(tmp_path / "3.jsonl", ROWS)
     options = {"reward": f"{__name__}:shorter", "out": str(tmp_path / "o.jsonl")}
-    with pytest.raises(ValueError, match="the same prompts in the same order"):
+    with pytest.raises(ValueError, match="1.jsonl:1: expected the prompt of .*2.jsonl"):
         curate.run(CurateConfig(new=one, old=two, **options))
-    with pytest.raises(
-        ValueError, match="as `rlhf-jax generate` writes them, got pairs"
-    ):
+    with pytest.raises(ValueError, match="got 3 and 1"):
         curate.run(CurateConfig(new=pairs, old=one, **options))
-    with pytest.raises(ValueError, match="the completions are the same"):
+    with pytest.raises(ValueError, match="left out: equal to the old, or worse"):
         curate.run(CurateConfig(new=one, old=one, **options))
+    none = write(tmp_path / "4.jsonl", [{"prompt": "p", "completion": ""}])
+    with pytest.raises(ValueError, match="none of 1 rows can be used; .*4.jsonl:1: "):
+        curate.run(CurateConfig(new=none, old=one, **options))
 
 
 def test_no_pair_at_all_says_what_the_first_row_was(tmp_path):
-    with pytest.raises(ValueError, match="no pair in 1 rows: .*pairs.jsonl:1"):
+    with pytest.raises(ValueError, match="none of 1 rows can be used; .*pairs.jsonl:1"):
         run(tmp_path, [{"prompt": "p"}], bound=BoundConfig(by="length"))

@@ -15,6 +15,8 @@ from rlhf_jax.data.encode import Encoder
 from rlhf_jax.evals import suite
 from rlhf_jax.programs import evaluate, scorer
 from rlhf_jax.programs.evaluate import EvaluateConfig
+from rlhf_jax.programs.rewards import Rewards, Source
+from rlhf_jax.programs.scorer import Refusal
 from rlhf_jax.sharding import MeshConfig, make_mesh
 from rlhf_jax.testing import tiny_tokenizer
 
@@ -322,10 +324,41 @@ def test_mismatch_is_what_accuracy_leaves(tmp_path, fake):
     assert metrics["mismatch_rate"] == 1.0 - metrics["accuracy"] == 0.0
 
 
-def test_gold_without_completions_to_score_is_an_error(tmp_path, fake):
-    spec = write(tmp_path / "pairs.jsonl", pairs())
-    with pytest.raises(ValueError, match="no set of eval_data has them"):
-        run(tmp_path, eval_data=[f"val={spec}"], gold=f"{__name__}:longest")
+def test_pairs_are_judged_by_gold_too_whatever_their_label(tmp_path, fake):
+    rows = [
+        {"prompt": "p", "chosen": "1 2 3", "rejected": "1"},
+        {"prompt": "q", "chosen": "1", "rejected": "1 2 3"},
+        {"prompt": "r", "chosen": "1", "rejected": "1"},
+    ]
+    spec = write(tmp_path / "pairs.jsonl", rows)
+    gold = f"{__name__}:longest"
+    found = run(tmp_path, eval_data=[f"val={spec}"], gold=gold)["sets"][0]
+    assert found["kind"] == "kwise" and found["metrics"]["n_pairs"] == 2
+    assert found["metrics"]["mismatch_rate"] == 1.0
+
+
+def test_a_text_that_gold_cannot_take_is_set_aside(tmp_path, fake, monkeypatch):
+    gold = Rewards(
+        (
+            Source(
+                "short",
+                "m",
+                "model",
+                1.0,
+                lambda p, c, r: np.zeros(len(c)),
+                lambda p, c, r: Refusal("longer", c) if len(c) > 4 else None,
+            ),
+        )
+    )
+    monkeypatch.setattr(evaluate, "open_rewards", lambda *args, **kwargs: gold)
+    spec = write(
+        tmp_path / "q.jsonl", quads(2) + [{"prompt": "p", "responses": ["1", "2"]}]
+    )
+    found = run(tmp_path, eval_data=[f"q={spec}"], gold="m")["sets"][0]
+    assert found["n"] == 1 and found["set_aside"] == {"gold: longer": 2}
+
+
+def test_gold_without_eval_data_is_an_error():
     with pytest.raises(ValueError, match="gold: measured on eval_data"):
         EvaluateConfig(model="m", out="o", rmbench="r.json", gold="a:b")
 
