@@ -7,7 +7,6 @@ folds/without-F.jsonl what the members of fold F are trained on
 
 import dataclasses
 import hashlib
-import json
 import math
 import pathlib
 import shutil
@@ -21,7 +20,9 @@ from rlhf_jax.algorithms.optimizer import make_optimizer, make_schedule
 from rlhf_jax.algorithms.reward_model import reward_apply, reward_objective
 from rlhf_jax.data import prepare
 from rlhf_jax.data.encode import Encoder
+from rlhf_jax.data.rows import pair_row
 from rlhf_jax.data.store import PairDataset
+from rlhf_jax.evals.suite import prompt_key
 from rlhf_jax.programs import export, members, models, objectives, reward, training
 from rlhf_jax.programs.scored_rows import write_jsonl
 from rlhf_jax.programs.scorer import ScoringConfig, open_scorer
@@ -34,10 +35,19 @@ REWARDS = "rewards.npz"
 
 
 def folds(rows: Sequence[dict[str, Any]], config: "StrengthConfig") -> np.ndarray:
-    """The fold of each row; rows of one prompt share theirs."""
-    name = config.rows.columns.prompt
-    keys = [json.dumps(row.get(name, row), sort_keys=True) for row in rows]
+    """The fold of each row; rows of one prompt share theirs.
+
+    Raises:
+        ValueError: fewer prompts than folds.
+    """
+    columns = config.rows.columns
+    keys = [prompt_key(pair_row(row, columns).prompt) for row in rows]
     number = {key: n for n, key in enumerate(dict.fromkeys(keys))}
+    if len(number) < config.folds:
+        raise ValueError(
+            f"folds: the pairs have {len(number)} prompts; expected at least as many "
+            f"as folds, {config.folds}"
+        )
     return np.array([number[key] % max(config.folds, 1) for key in keys])
 
 

@@ -98,13 +98,23 @@ def compare(
             },
         )
     names = list(results[0])
+    wanted = {name: _numbers() for name in names}
     for seed, result in enumerate(results):
-        if list(result) != names:
+        if {name: set(found) for name, found in result.items()} != wanted:
             raise ValueError(
-                f"{root / f'seed-{seed}.json'}: holds {', '.join(result)}; the other "
-                f"seeds have {', '.join(names)}; remove the file to train it again"
+                f"{root / f'seed-{seed}.json'}: its methods or numbers are those of "
+                "another version of the study; remove the file to train it again, or "
+                "choose another --run_dir"
             )
     return {name: [result[name] for result in results] for name in names}
+
+
+def _numbers() -> set[str]:
+    """Names of the results of a method."""
+    by_set = ("accuracy", "reward_std", "reward_mean", *STATE_FIGURES)
+    overall = {"head_norm", "norm_dispersion", "norm_dispersion_before"}
+    taus = {f"tau/{name}" for name in SCENARIOS}
+    return overall | taus | {f"{k}/{n}" for k in by_set for n in ("train", *SCENARIOS)}
 
 
 def _one(
@@ -150,10 +160,11 @@ def table(
     title: str,
     *,
     base: str = "BT",
-    sets: Sequence[str] = tuple(SCENARIOS),
 ) -> Table:
-    """`overall_table` of one metric, one column a judging set."""
-    columns = {name: functools.partial(_number, f"{metric}/{name}") for name in sets}
+    """`overall_table` of one metric, one column a scenario."""
+    columns = {
+        name: functools.partial(_number, f"{metric}/{name}") for name in SCENARIOS
+    }
     return overall_table(found, columns, title, base=base)
 
 

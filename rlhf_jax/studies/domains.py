@@ -19,6 +19,7 @@ from rich.table import Table
 from rlhf_jax import config as configs
 from rlhf_jax.algorithms.optimizer import OptimizerConfig
 from rlhf_jax.data.prepare import DataConfig
+from rlhf_jax.evals import accuracy
 from rlhf_jax.io.run_dir import write_atomic
 from rlhf_jax.studies.frozen import (
     PairStates,
@@ -28,7 +29,6 @@ from rlhf_jax.studies.frozen import (
     train_heads,
 )
 from rlhf_jax.studies.seeds import study_dir
-from rlhf_jax.studies.statistics import interval
 from rlhf_jax.testbed.tasks import FAMILIES
 
 ALL = "all"
@@ -88,8 +88,10 @@ def run(config: DomainsConfig) -> dict[str, Any]:
         model = open_frozen(policy, config.states_dir or root / "states", config.rows)
         train = {name: model.pairs(spec) for name, spec in _specs(config, "train")}
         test = {name: model.pairs(spec) for name, spec in _specs(config, "test")}
+        objective = head_objective()
         found = {
-            name: _judge(config, pairs, test) for name, pairs in _equal(train).items()
+            name: _judge(config, objective, pairs, test)
+            for name, pairs in _equal(train).items()
         }
         sizes = {
             kind: {name: len(pairs.chosen) for name, pairs in sets.items()}
@@ -113,24 +115,28 @@ def _equal(train: dict[str, PairStates]) -> dict[str, PairStates]:
     """As many pairs of each domain, and of all together."""
     count = min(len(pairs.chosen) for pairs in train.values())
     order = np.random.default_rng(0)
-    drawn = {}
-    for name, pairs in train.items():
-        index = order.permutation(len(pairs.chosen))[:count]
-        drawn[name] = PairStates(pairs.chosen[index], pairs.rejected[index])
-    each = -(-count // len(drawn))
-    together = [
-        np.concatenate([pairs[side][:each] for pairs in drawn.values()])[:count]
-        for side in (0, 1)
+    drawn = {
+        name: pairs.take(order.permutation(len(pairs.chosen))[:count])
+        for name, pairs in train.items()
+    }
+    parts = [
+        pairs.take(np.arange(len(part)))
+        for pairs, part in zip(
+            drawn.values(), np.array_split(np.arange(count), len(drawn)), strict=True
+        )
     ]
-    return {**drawn, ALL: PairStates(*together)}
+    return {**drawn, ALL: PairStates(*map(np.concatenate, zip(*parts, strict=True)))}
 
 
 def _judge(
-    config: DomainsConfig, pairs: PairStates, test: dict[str, PairStates]
+    config: DomainsConfig,
+    objective: Any,
+    pairs: PairStates,
+    test: dict[str, PairStates],
 ) -> dict[str, list[float]]:
-    """Accuracy on each test set, a number a seed."""
+    """Accuracy on each test set, mean over seeds, with its interval over prompts."""
     kernels = train_heads(
-        head_objective(),
+        objective,
         pairs,
         seeds=config.seeds,
         steps=config.steps,
@@ -139,15 +145,23 @@ def _judge(
     found = {}
     for name, judged in test.items():
         gaps = (judged.chosen - judged.rejected) @ kernels.T
-        found[name] = ((gaps > 0) + 0.5 * (gaps == 0)).mean(axis=0).tolist()
+        right = ((gaps > 0) + 0.5 * (gaps == 0)).mean(axis=1)
+        interval = accuracy.mean_with_interval(right, judged.prompt.tolist())
+        found[name] = [interval.value, interval.low, interval.high]
     return found
 
 
 def _table(found: dict[str, dict[str, list[float]]], sizes: dict[str, int]) -> Table:
-    table = Table(title="accuracy: trained on the row, judged on the column")
+    table = Table(
+        title="accuracy: trained on the row, judged on the column",
+        caption="means over heads; 95 % intervals over the test prompts",
+    )
     table.add_column("trained on")
     for name, count in sizes.items():
         table.add_column(f"{name}\n{count} pairs", justify="right")
     for name, row in found.items():
-        table.add_row(name, *(interval(values).plain() for values in row.values()))
+        cells = [
+            f"{value:.3f}\n{low:.2f} .. {high:.2f}" for value, low, high in row.values()
+        ]
+        table.add_row(name, *cells)
     return table

@@ -12,6 +12,7 @@ with `train_only: head` trains, in seconds.
 import dataclasses
 import functools
 import hashlib
+import os
 import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -30,17 +31,17 @@ from rlhf_jax.algorithms.update import init_state, make_update
 from rlhf_jax.data import prepare, sources, specs
 from rlhf_jax.data.encode import EncodedCompletion
 from rlhf_jax.data.prepare import DataConfig
+from rlhf_jax.data.rows import KwiseRow, kwise_row
 from rlhf_jax.programs import members, sft, training
 from rlhf_jax.programs.models import resolve
 from rlhf_jax.programs.scorer import Scorer, ScoringConfig, open_scorer
 from rlhf_jax.studies.quickstart import QuickstartConfig, sft_config
 from rlhf_jax.studies.seeds import once
+from rlhf_jax.studies.world import BATCH_SIZE
 from rlhf_jax.types import PreferenceBatch
 
 PART = 256
 """Completions in a file of states."""
-BATCH_SIZE = 64
-"""Pairs in a step of a head."""
 
 
 class PairStates(NamedTuple):
@@ -48,14 +49,20 @@ class PairStates(NamedTuple):
 
     chosen: np.ndarray
     rejected: np.ndarray
+    prompt: np.ndarray
+    """[Q] which prompt each pair has, by number."""
+
+    def take(self, index: Any) -> "PairStates":
+        """Some of the pairs."""
+        return PairStates(*(column[index] for column in self))
 
 
 class KwiseStates(NamedTuple):
-    """States of the completions of each prompt, and the rows they came from."""
+    """States of the completions of each prompt, and what they are."""
 
     states: list[np.ndarray]
     """[K D] a row."""
-    rows: list[dict[str, Any]]
+    rows: list[KwiseRow]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -64,6 +71,7 @@ class FrozenModel:
 
     scorer: Scorer
     identity: str
+    """Names the weights: states of others are not taken for its own."""
     folder: pathlib.Path
     rows: DataConfig
 
@@ -72,7 +80,10 @@ class FrozenModel:
         dataset, account = prepare.prepare_pairs([spec], self.scorer.encoder, self.rows)
         training.say(f"{spec}: {account.summary()}")
         found = self._states(list(members.completions(dataset)))
-        return PairStates(found[::2], found[1::2])
+        prompts = [bytes(_int32(dataset[n].prompt)) for n in range(len(dataset))]
+        number = {prompt: n for n, prompt in enumerate(dict.fromkeys(prompts))}
+        index = np.array([number[prompt] for prompt in prompts])
+        return PairStates(found[::2], found[1::2], index)
 
     def kwise(self, spec: str) -> KwiseStates:
         """The states of a spec's prompts with several completions."""
@@ -86,7 +97,10 @@ class FrozenModel:
         source = sources.open_source(specs.parse(spec), streams=False)
         return KwiseStates(
             np.split(found, ends[:-1].tolist()),
-            [dict(source[int(n)][0]) for n in dataset.source_row],
+            [
+                kwise_row(source[int(n)][0], self.rows.columns)
+                for n in dataset.source_row
+            ],
         )
 
     def _states(self, encoded: Sequence[EncodedCompletion]) -> np.ndarray:
@@ -109,10 +123,28 @@ class FrozenModel:
         if not path.exists():
             every = np.arange(len(encoded))
             found = self.scorer.rewards_and_states(encoded, every).after
-            partial = path.with_suffix(".partial.npy")
+            partial = path.with_suffix(f".{os.getpid()}.npy")
             np.save(partial, found)
             partial.replace(path)
         return np.load(path)
+
+
+def _identity(spec: str, config: ScoringConfig) -> str:
+    """What states depend on besides the tokens: weights, as files, and dtype."""
+    source = resolve(spec)
+    path, files = source.path, []
+    if path is not None and path.is_file():
+        files = [path]
+    elif path is not None and source.kind == "run":
+        files = [path / "best.json", *(path / "checkpoints").rglob("*")]
+    elif path is not None:
+        files = list(path.iterdir())
+    stats = [
+        (str(file), file.stat().st_size, file.stat().st_mtime_ns)
+        for file in sorted(files)
+        if file.is_file()
+    ]
+    return repr((source, stats, config.compute.dtype))
 
 
 def _int32(ids: Any) -> np.ndarray:
@@ -136,7 +168,7 @@ def open_frozen(
     path.mkdir(parents=True, exist_ok=True)
     return FrozenModel(
         scorer=open_scorer(model, scoring),
-        identity=f"{resolve(model)}",
+        identity=_identity(model, scoring),
         folder=path,
         rows=rows,
     )
@@ -164,13 +196,15 @@ def _apply(params: Any, states: jax.Array, score_at: Any, key: Any) -> jax.Array
 
 @functools.lru_cache(maxsize=64)
 def _trainer(objective: Any, optimizer: OptimizerConfig, steps: int) -> Callable:
-    """Jitted (pairs [S Q 2 D], seeds [S]) -> (kernels [S D], finite [S])."""
+    """Jitted (pairs [Q 2 D], drawn [S N], seeds [S]) -> (kernels [S D], finite [S])."""
     tx = make_optimizer(optimizer, make_schedule(optimizer, steps))
     update = make_update(objective, tx)
 
-    def one(pairs: jax.Array, seed: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def one(
+        pairs: jax.Array, share: jax.Array, seed: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
         start, shuffle, key = jax.random.split(jax.random.key(seed), 3)
-        count, width = len(pairs), pairs.shape[-1]
+        count, width = len(share), pairs.shape[-1]
         params = {"kernel": jax.random.normal(start, (width,)) * (width + 1) ** -0.5}
         epochs = jax.random.split(shuffle, -(-steps * BATCH_SIZE // count))
         order = jax.vmap(lambda k: jax.random.permutation(k, count))(epochs)
@@ -179,7 +213,7 @@ def _trainer(objective: Any, optimizer: OptimizerConfig, steps: int) -> Callable
         def step(state: Any, drawn: jax.Array) -> tuple[Any, jax.Array]:
             first = 2 * jnp.arange(BATCH_SIZE)
             batch = PreferenceBatch(
-                sequences=pairs[drawn],  # type: ignore[arg-type]
+                sequences=pairs[share[drawn]],  # type: ignore[arg-type]
                 score_at=first,
                 chosen=first,
                 rejected=first + 1,
@@ -191,7 +225,7 @@ def _trainer(objective: Any, optimizer: OptimizerConfig, steps: int) -> Callable
         state, finite = jax.lax.scan(step, init_state(params, tx), order)
         return state.params["kernel"], finite.all()
 
-    return jax.jit(jax.vmap(one))
+    return jax.jit(jax.vmap(one, in_axes=(None, 0, 0)))
 
 
 def train_heads(
@@ -223,13 +257,15 @@ def train_heads(
             f"{len(pairs.chosen)} pairs, of which a seed draws {count}: expected at "
             f"least {BATCH_SIZE}, a batch"
         )
-    both = np.stack(pairs, axis=1)
+    if seeds < 1:
+        raise ValueError(f"seeds: expected at least 1, got {seeds}")
+    both = np.stack([pairs.chosen, pairs.rejected], axis=1)
     drawn = [
         np.random.default_rng(seed).permutation(len(both))[:count]
         for seed in range(seeds)
     ]
     train = _trainer(objective, optimizer, steps)
-    kernels, finite = train(jnp.asarray(both[np.stack(drawn)]), jnp.arange(seeds))
+    kernels, finite = train(jnp.asarray(both), np.stack(drawn), jnp.arange(seeds))
     if not finite.all():
         raise FloatingPointError(
             "heads: a loss or a gradient was not finite; lower the learning rate"

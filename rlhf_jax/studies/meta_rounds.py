@@ -1,12 +1,13 @@
 """`rlhf-jax study meta-rounds`: four rounds of MetaRM and RLOO, with clean labels and
-with a quarter of them flipped, beside RLOO under one Bradley-Terry model.
+with a quarter of them flipped, beside the same rounds under Bradley-Terry models.
 
 For every seed and noise the driver `meta-rounds` samples, meta-trains and runs RLOO in
-turns; the control trains one reward model on the same pairs for as many steps and runs
-RLOO under it for as many steps as all rounds have together. After each round: gold
-reward on held-out prompts and KL to the SFT policy; and of the completions that the
-round began with, how many pairs the round's reward model and the control's order as the
-gold reward does.
+turns. The control does the same without the meta set: each round a new reward model
+from the same start, seed and pairs, then RLOO from its own last policy. So what is
+compared is the meta objective alone, and not that a reward model is replaced each
+round. After each round: gold reward on held-out prompts, KL to the SFT policy, and how
+many pairs of completions of other prompts, sampled from both arms' policies before the
+round, each arm's reward model orders as the gold reward does.
 
 Source: Wang et al. 2024, arXiv:2401.06080, section 4.2; Dou et al. 2024,
 arXiv:2405.00438.
@@ -25,7 +26,7 @@ from rich.table import Table
 from rlhf_jax import config as configs
 from rlhf_jax.evals.ranking import evaluate_ranking
 from rlhf_jax.io.run_dir import write_atomic
-from rlhf_jax.programs import meta_reward, meta_rounds, reward, rloo, sft
+from rlhf_jax.programs import generate, meta_reward, meta_rounds, reward, rloo, sft
 from rlhf_jax.programs.reinforcement import RLLoopConfig
 from rlhf_jax.programs.scorer import ScoringConfig, open_scorer
 from rlhf_jax.sampling.generate import SamplingConfig
@@ -39,13 +40,15 @@ from rlhf_jax.studies.quickstart import (
 from rlhf_jax.studies.seeds import by_seed, once, read, study_dir
 from rlhf_jax.studies.statistics import interval, paired
 
+JUDGED = 128
+"""Held-out prompts, with four completions each, that judge the reward models."""
 LAST_STEPS = 5
 """Over which the KL at the end of a round is averaged."""
 
 
 @dataclasses.dataclass(frozen=True)
 class MetaRoundsStudyConfig:
-    """Rounds of MetaRM and RLOO against one reward model."""
+    """Rounds of MetaRM and RLOO beside rounds without the meta objective."""
 
     run_dir: str = "runs/meta-rounds"
     """Directory of the study; each run has its own inside."""
@@ -109,39 +112,59 @@ def _at_noise(
         seed=seed,
     )
     name = f"{rate:g}-{seed}"
-    plain = dataclasses.replace(
-        reward_config(base),
-        run_dir=str(root / f"reward-{name}"),
-        model=str(root / "sft"),
-    )
-    control = str(once(reward.run, plain))
-    alone = dataclasses.replace(
-        _rloo(config, base),
-        run_dir=str(root / f"rloo-{name}"),
-        reward=[control],
-        steps=config.steps * config.rounds,
-    )
-    policy = once(rloo.run, alone)
-    driver = _driver(config, root, plain, _rloo(config, base), name)
+    driver = _driver(config, root, base, name)
     meta_rounds.run(driver)
-    folders = [driver.folder(number + 1) for number in range(config.rounds)]
-    runs = [read(folder / "rloo") for folder in folders]
-    files = [folder / "shifted.jsonl" for folder in folders]
+    numbers = range(1, config.rounds + 1)
+    plain = [root / f"plain-{name}" / f"round-{number}" for number in numbers]
+    for number, folder in zip(numbers, plain):
+        _plain_round(base, driver, folder, number)
+    arms = {"BT": plain, "MetaRM": [driver.folder(number) for number in numbers]}
+    samples = []
+    for folders in arms.values():
+        policies = [root / "sft", *(folder / "rloo" for folder in folders[:-1])]
+        samples.append(
+            [
+                _sampled(policy, folder / "held-out.jsonl", seed)
+                for folder, policy in zip(folders, policies, strict=True)
+            ]
+        )
     return {
-        "MetaRM": {
-            "gold": [runs[0][0]["eval/val/gold"], *(_judged(r)[-1] for r in runs)],
-            "kl": [_kl(rows) for rows in runs],
+        arm: {
+            "gold": [_gold(folders[0])[0], *(_gold(folder)[-1] for folder in folders)],
+            "kl": [_kl(folder) for folder in folders],
             "agreement": [
-                _agreement(str(folder / "reward"), file)
-                for folder, file in zip(folders, files)
+                _agreement(str(folder / "reward"), judged)
+                for folder, *judged in zip(folders, *samples, strict=True)
             ],
-        },
-        "BT": {
-            "gold": _judged(read(policy)),
-            "kl": [_kl(rows) for rows in _parts(read(policy), config.steps)],
-            "agreement": [_agreement(control, file) for file in files],
-        },
+        }
+        for arm, folders in arms.items()
     }
+
+
+def _plain_round(
+    base: QuickstartConfig,
+    driver: meta_rounds.MetaRoundsConfig,
+    folder: pathlib.Path,
+    number: int,
+) -> None:
+    """A round of the control: what the driver's round does, but for the meta set."""
+    meta, rl = driver.meta_of(number), driver.rl_of(number)
+    before = folder.with_name(f"round-{number - 1}") / "rloo"
+    trained = dataclasses.replace(
+        reward_config(base),
+        run_dir=str(folder / "reward"),
+        model=meta.model,
+        eval_data=meta.eval_data,
+        seed=meta.seed,
+    )
+    once(reward.run, trained)
+    policy = dataclasses.replace(
+        rl,
+        run_dir=str(folder / "rloo"),
+        model=driver.policy if number == 1 else str(before),
+        reward=[trained.run_dir],
+    )
+    once(rloo.run, policy)
 
 
 def _rloo(config: MetaRoundsStudyConfig, base: QuickstartConfig) -> rloo.RlooConfig:
@@ -160,11 +183,11 @@ def _rloo(config: MetaRoundsStudyConfig, base: QuickstartConfig) -> rloo.RlooCon
 def _driver(
     config: MetaRoundsStudyConfig,
     root: pathlib.Path,
-    plain: reward.RewardConfig,
-    part: rloo.RlooConfig,
+    base: QuickstartConfig,
     name: str,
 ) -> meta_rounds.MetaRoundsConfig:
-    """The meta-rounds run: its parts have the control's settings, from YAML files."""
+    """The meta-rounds run; its parts have the settings of the control's."""
+    plain, part = reward_config(base), _rloo(config, base)
     common = ("batch_size", "steps", "rows", "optimizer", "loop", "compute")
     meta = meta_reward.MetaRewardConfig(
         run_dir="set by meta-rounds",
@@ -174,8 +197,7 @@ def _driver(
         inner=meta_reward.InnerConfig(learning_rate=config.inner_step, normalise=True),
         **{key: getattr(plain, key) for key in common},
     )
-    files = {"meta": meta, "rloo": part}
-    for kind, settings in files.items():
+    for kind, settings in (("meta", meta), ("rloo", part)):
         write_atomic(root / f"{kind}-{name}.yaml", configs.dump(settings))
     return meta_rounds.MetaRoundsConfig(
         run_dir=str(root / f"rounds-{name}"),
@@ -183,7 +205,7 @@ def _driver(
         reward_start=str(root / "sft"),
         data=plain.data,
         prompts=part.data[0],
-        meta_prompts=f"testbed:rl?size={config.meta_prompts}&seed={100 + plain.seed}",
+        meta_prompts=f"testbed:rl?size={config.meta_prompts}&seed={100 + base.seed}",
         rounds=config.rounds,
         rl_config=str(root / f"rloo-{name}.yaml"),
         meta_config=str(root / f"meta-{name}.yaml"),
@@ -192,49 +214,68 @@ def _driver(
         gold=GOLD,
         batch_size=64,
         sampling=SamplingConfig(num_samples=config.samples, max_new_tokens=48),
-        seed=100 * plain.seed,
+        seed=100 * base.seed,
     )
 
 
-def _judged(rows: list[dict[str, Any]]) -> list[float]:
-    """Gold reward of held-out prompts: before, and after each evaluation."""
+def _gold(folder: pathlib.Path) -> list[float]:
+    """Gold reward of held-out prompts before and after a round's RLOO."""
+    rows = read(folder / "rloo")
     return [row["eval/val/gold"] for row in rows if "eval/val/gold" in row]
 
 
-def _parts(rows: list[dict[str, Any]], steps: int) -> list[list[dict[str, Any]]]:
-    taken = [row for row in rows if "policy/kl" in row]
-    return [taken[n : n + steps] for n in range(0, len(taken), steps)]
-
-
-def _kl(rows: list[dict[str, Any]]) -> float:
-    found = [row["policy/kl"] for row in rows if "policy/kl" in row]
+def _kl(folder: pathlib.Path) -> float:
+    found = [row["policy/kl"] for row in read(folder / "rloo") if "policy/kl" in row]
     return float(np.mean(found[-LAST_STEPS:]))
 
 
-def _agreement(model: str, path: pathlib.Path) -> float:
-    """Share of a round's pairs of completions that a reward model orders as gold."""
-    lines = path.read_text(encoding="utf-8").rstrip("\n").split("\n")
-    rows = [json.loads(line) for line in lines]
+def _sampled(policy: pathlib.Path, out: pathlib.Path, seed: int) -> pathlib.Path:
+    """Completions of held-out prompts, other ones than those of any meta set."""
+    if not out.exists():
+        partial = out.with_suffix(".partial")
+        generate.run(
+            generate.GenerateConfig(
+                model=str(policy),
+                data=[f"testbed:rl_val?size={JUDGED}&seed={200 + seed}"],
+                out=str(partial),
+                overwrite=True,
+                grouped=True,
+                gold=GOLD,
+                batch_size=64,
+                sampling=SamplingConfig(num_samples=4, max_new_tokens=48),
+            )
+        )
+        partial.rename(out)
+    return out
+
+
+def _agreement(model: str, paths: list[pathlib.Path]) -> float:
+    """Share of the pairs of completions that a reward model orders as gold does."""
+    rows = []
+    for path in paths:
+        lines = path.read_text(encoding="utf-8").rstrip("\n").split("\n")
+        rows += [json.loads(line) for line in lines]
     scorer = open_scorer(model, ScoringConfig())
     encoded = [
         scorer.encoder.encode(row["prompt"], response["text"])
         for row in rows
         for response in row["responses"]
     ]
-    rewards = scorer.rewards(encoded).reshape(len(rows), -1)
+    ends = np.cumsum([len(row["responses"]) for row in rows])
+    rewards = np.split(scorer.rewards(encoded), ends[:-1].tolist())
     gold = [np.array([r["score"] for r in row["responses"]]) for row in rows]
-    return evaluate_ranking(list(rewards), gold, samples=2)["accuracy"]
+    return evaluate_ranking(rewards, gold, samples=2).get("accuracy", float("nan"))
 
 
 def _table(found: list[dict[str, Any]], title: str) -> Table:
     """Means over seeds, round by round, and what the last round differs in."""
     table = Table(title=title, show_lines=True)
-    for name in ("", "round", "BT, once", "MetaRM, each round", "difference, paired"):
+    for name in ("", "round", "BT", "MetaRM", "difference, paired"):
         table.add_column(name, justify="right" if name else "left")
     for key, meaning in (
         ("gold", "gold reward, held-out prompts"),
         ("kl", "KL to SFT (nats)"),
-        ("agreement", "agreement with gold on the round's completions"),
+        ("agreement", "agreement with gold on held-out completions"),
     ):
         first = 0 if key == "gold" else 1
         for n in range(len(found[0]["BT"][key])):

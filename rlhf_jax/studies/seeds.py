@@ -33,7 +33,12 @@ def by_seed(
         root: from `study_dir`.
         seeds: how many, from 0.
         one: JSON-able results of a seed.
+
+    Raises:
+        ValueError: fewer than one seed.
     """
+    if seeds < 1:
+        raise ValueError(f"seeds: expected at least 1, got {seeds}")
     results = []
     for seed in range(seeds):
         path = root / f"seed-{seed}.json"

@@ -2,7 +2,7 @@
 models trained in this process, and their accuracy on the four disjoint scenarios.
 
     world = open_world("runs/denoise/sft", sft_steps=500)
-    train = trainer(world, reward_objective(world.apply), steps=300)
+    train = trainer(world, reward_objective(world.apply()), steps=300)
     params = train(world.start(seed), world.pairs(rows("train", seed=seed)), seed)
     accuracy(world, params, world.pairs(rows("val_id")))
 
