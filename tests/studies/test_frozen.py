@@ -1,6 +1,7 @@
 """Heads on frozen states: states are computed once, heads learn what there is to learn,
 and the studies on them run, stop and go on."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 import scipy.optimize
 
 from rlhf_jax.algorithms.optimizer import OptimizerConfig
+from rlhf_jax.data.rows import KwiseRow, Response
 from rlhf_jax.studies import domains, frozen, heads
 from rlhf_jax.studies.frozen import PairStates, head_objective, train_heads
 
@@ -24,6 +26,7 @@ def pairs(count=600, width=8, seed=0):
     return PairStates(
         np.where(first[:, None], states[0], states[1]),
         np.where(first[:, None], states[1], states[0]),
+        np.arange(count),
     )
 
 
@@ -102,4 +105,49 @@ def test_domains_and_heads_run_on_the_testbed_and_go_on(tmp_path):
     config = heads.HeadsConfig(run_dir=str(tmp_path / "h"), **small)
     first = heads.run(config)["heads"]
     assert heads.run(config)["heads"] == first
-    assert len(first["BSR"]) == 2 and 0 < first["BT"][0]["accuracy/val_id"] < 1
+    judged = first["BT"]["val_id"]["accuracy"]
+    assert set(first) == set(heads.TERMS) and len(judged) == 400
+    assert 0 < np.mean([value for value in judged if value is not None]) < 1
+
+
+def test_metrics_of_a_prompt_are_means_over_heads_and_none_without_a_pair():
+    """Two heads that disagree: one orders the three completions, one turns them."""
+    row = KwiseRow(
+        "p",
+        [Response("a b c d", 3.0), Response("a b c e", 2.0), Response("a", 1.0)],
+    )
+    tied = KwiseRow("q", [Response("a", 1.0), Response("b", 1.0)])
+    states = [np.array([[3.0], [2.0], [1.0]]), np.array([[1.0], [2.0]])]
+    found = heads._judge(
+        np.array([[1.0], [-1.0]]), frozen.KwiseStates(states, [row, tied])
+    )
+    assert found["accuracy"] == [0.5, None]
+    assert found["kendall_tau"] == [0.0, None]
+    assert found["length_matched_accuracy"] == [0.5, None]  # one pair of four words
+    assert found["reward_mean"] == [0.0, 0.0]
+
+
+def test_domains_share_all_pairs_in_equal_measure():
+    parts = {str(n): pairs(40 + n, seed=n) for n in range(3)}
+    drawn = domains._equal(parts)
+    assert {len(p.chosen) for p in drawn.values()} == {40}
+    own = [
+        sum(
+            (row == drawn[name].chosen).all(axis=1).any() for row in drawn["all"].chosen
+        )
+        for name in parts
+    ]
+    assert own == [14, 13, 13]
+
+
+def test_other_weights_of_the_same_name_are_another_identity(tmp_path):
+    path = tmp_path / "model.gguf"
+    identities = set()
+    for text in ("a", "bb"):
+        path.write_text(text)
+        source = frozen.resolve("testbed")
+        found = dataclasses.replace(source, kind="gguf", path=path)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(frozen, "resolve", lambda spec, found=found: found)
+            identities.add(frozen._identity("model.gguf", frozen.ScoringConfig()))
+    assert len(identities) == 2
