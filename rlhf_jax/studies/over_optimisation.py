@@ -32,7 +32,7 @@ from rlhf_jax.studies.quickstart import (
     QuickstartConfig,
     sft_config,
 )
-from rlhf_jax.studies.seeds import once, read
+from rlhf_jax.studies.seeds import once, read, study_dir
 
 BINS = 12
 """Bins of the square root of the KL in the plot."""
@@ -64,24 +64,28 @@ class OverOptimisationConfig:
 
 def run(config: OverOptimisationConfig) -> dict[str, Any]:
     """Runs what is not there yet; writes study.json and plots; prints the table."""
-    root = pathlib.Path(config.run_dir)
-    base = QuickstartConfig(run_dir=config.run_dir, sft_steps=config.sft_steps)
-    once(sft.run, sft_config(base))
-    runs: dict[str, list[pathlib.Path]] = {}
-    for seed in range(config.seeds):
-        for bias in config.biases:
-            once(reward.run, _reward(config, seed, bias))
-            name = f"RLOO, no KL, bias {bias:g}"
-            free = _rloo(config, seed, bias, kl_coef=0.0, steps=config.free_steps)
-            runs.setdefault(name, []).append(once(rloo.run, free))
-        first = config.biases[0]
-        kept = _rloo(config, seed, first, kl_coef=config.kl_coef, steps=config.steps)
-        runs.setdefault("RLOO", []).append(once(rloo.run, kept))
-        runs.setdefault("PPO", []).append(once(ppo.run, _ppo(config, seed, first)))
-    found = {name: summarise(paths) for name, paths in runs.items()}
-    write_atomic(root / "study.json", json.dumps({"schema": 1, **found}, indent=1))
-    free = {name: curve(paths) for name, paths in runs.items() if "no KL" in name}
-    plot = rl_plots.over_optimisation(free, root / "plots" / "over_optimisation.png")
+    with study_dir(config) as root:
+        base = QuickstartConfig(run_dir=config.run_dir, sft_steps=config.sft_steps)
+        once(sft.run, sft_config(base))
+        runs: dict[str, list[pathlib.Path]] = {}
+        for seed in range(config.seeds):
+            for bias in config.biases:
+                once(reward.run, _reward(config, seed, bias))
+                name = f"RLOO, no KL, bias {bias:g}"
+                free = _rloo(config, seed, bias, kl_coef=0.0, steps=config.free_steps)
+                runs.setdefault(name, []).append(once(rloo.run, free))
+            first = config.biases[0]
+            kept = _rloo(
+                config, seed, first, kl_coef=config.kl_coef, steps=config.steps
+            )
+            runs.setdefault("RLOO", []).append(once(rloo.run, kept))
+            runs.setdefault("PPO", []).append(once(ppo.run, _ppo(config, seed, first)))
+        found = {name: summarise(paths) for name, paths in runs.items()}
+        write_atomic(root / "study.json", json.dumps({"schema": 1, **found}, indent=1))
+        free = {name: curve(paths) for name, paths in runs.items() if "no KL" in name}
+        plot = rl_plots.over_optimisation(
+            free, root / "plots" / "over_optimisation.png"
+        )
     console = Console()
     console.print(_table(found))
     console.print(f"plot   {plot}", highlight=False)

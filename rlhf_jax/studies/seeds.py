@@ -16,8 +16,10 @@ def study_dir(config: Any) -> Iterator[pathlib.Path]:
     setting must be that of the results in it.
 
     Raises:
-        ValueError: the directory holds a study with other settings, listed.
+        ValueError: the directory holds a study with other settings, listed; or no seed.
     """
+    if config.seeds < 1:
+        raise ValueError(f"seeds: expected at least 1, got {config.seeds}")
     opened = open_run(config.run_dir, config, holds_runs=True, may_change=("seeds",))
     with opened.lock:
         yield opened.path
@@ -33,12 +35,7 @@ def by_seed(
         root: from `study_dir`.
         seeds: how many, from 0.
         one: JSON-able results of a seed.
-
-    Raises:
-        ValueError: fewer than one seed.
     """
-    if seeds < 1:
-        raise ValueError(f"seeds: expected at least 1, got {seeds}")
     results = []
     for seed in range(seeds):
         path = root / f"seed-{seed}.json"
