@@ -5,8 +5,8 @@ a prompt and without labels, are the meta set. For every seed, reward models are
 on the same pairs: Bradley-Terry, and MetaRM with inner steps of several lengths,
 to first and to second order. All are judged on held-out pairs as in training, and on
 pairs of the shifted policy's completions of other prompts, labelled by the gold reward.
-The mean reward gap of these pairs is reported beside: MetaRM raises it by construction,
-right or wrong.
+The mean reward gap of these pairs is reported beside: the inner step raises it, and
+the outer loss, taken there, answers.
 
 Source: Wang et al. 2024, arXiv:2401.06080, section 4; Dou et al. 2024,
 arXiv:2405.00438.
