@@ -33,7 +33,7 @@ from rlhf_jax.losses.value import explained_variance
 from rlhf_jax.models.config import ComputeConfig, LoraConfig
 from rlhf_jax.models.heads import ValueModel
 from rlhf_jax.programs import experience as xp
-from rlhf_jax.programs import models, rl_setup, sharded, training
+from rlhf_jax.programs import models, rl_metrics, rl_setup, sharded, training
 from rlhf_jax.programs.experience import ShapingConfig
 from rlhf_jax.programs.reinforcement import (
     Learner,
@@ -241,14 +241,14 @@ def run(config: PpoConfig) -> pathlib.Path:
             device_batch = setting.put_micro(batch)
             critic_key = jax.random.fold_in(key, 1)
             critic, found = critic_update(learner.critic, device_batch, critic_key)
-            metrics = rl_setup.named(found, "value")
+            metrics = rl_metrics.named(found, "value")
             policy = learner.policy
             if cursor.step >= config.loss.critic_warmup:
                 if ptx is not None:
                     mixed = ptx(int(policy.step), batch)
                     device_batch = setting.put_micro(mixed)
                 policy, found = policy_update(policy, device_batch, key)
-                metrics |= rl_setup.named(found, "train")
+                metrics |= rl_metrics.named(found, "train")
             return Learner(policy, critic), metrics
 
         with metrics_writer(

@@ -33,7 +33,7 @@ from rlhf_jax.models import lora
 from rlhf_jax.models.config import LoraConfig
 from rlhf_jax.models.llama import Llama
 from rlhf_jax.programs import experience as xp
-from rlhf_jax.programs import sharded, training
+from rlhf_jax.programs import rl_metrics, sharded, training
 from rlhf_jax.programs.models import load_policy
 from rlhf_jax.programs.reinforcement import Learner, RLCursor
 from rlhf_jax.programs.rewards import Rewards, open_rewards
@@ -124,10 +124,17 @@ class Setting:
             )
         clock.lap("logprobs")
         cursor.next_row += config.batch_size
-        metrics = measure(completions, rollout, total, columns, gold) | clock.seconds
+        metrics = (
+            rl_metrics.measure(completions, rollout, total, columns, gold)
+            | clock.seconds
+        )
         tokens = float(completions.mask.sum())
         metrics["perf/new_tokens_per_s"] = tokens / clock.seconds["perf/generate_s"]
-        return completions, metrics, _table(texts, completions, total, columns, gold)
+        return (
+            completions,
+            metrics,
+            rl_metrics.sample_rows(texts, completions, total, columns, gold),
+        )
 
     def evaluate(self, learner: Learner) -> dict[str, float]:
         """eval/NAME/METRIC on the held-out prompts, with the same noise every time."""
@@ -404,85 +411,6 @@ def digest(dataset: PromptDataset) -> str:
     found.update(dataset.lengths.tobytes())
     found.update(dataset.rows.tobytes())
     return found.hexdigest()
-
-
-def measure(
-    completions: xp.Completions,
-    rollout: Rollout,
-    total: np.ndarray,
-    columns: dict[str, np.ndarray],
-    gold: np.ndarray | None,
-) -> dict[str, float]:
-    """Metrics of sampled completions, before any update."""
-    mask = completions.mask
-    k1 = completions.kl
-    k3 = np.where(mask, np.expm1(-k1) + k1, 0.0)
-    found = {
-        "reward/proxy": total.mean(),
-        "reward/proxy_std": total.std(),
-        "reward/score": completions.scores.mean(),
-        "policy/kl": k1.sum(axis=1).mean(),
-        "policy/kl_k3": k3.sum(axis=1).mean(),
-        "policy/kl_token": k1.sum() / mask.sum(),
-        "policy/logprob": np.asarray(rollout.policy_logprobs).sum(axis=1).mean(),
-        "completion/length": mask.sum(axis=1).mean(),
-        "completion/eos_rate": completions.stopped.mean(),
-        "completion/repetition": repetition(completions.tokens, mask),
-        "completion/counted": completions.counts.mean(),
-    }
-    if len(columns) > 1:
-        # Not reward/NAME: a source may be called score, proxy or gold.
-        found |= {
-            f"reward/source/{name}": scores.mean() for name, scores in columns.items()
-        }
-    if gold is not None:
-        found["reward/gold"] = gold.mean()
-        if gold.std() > 0 and total.std() > 0:
-            found["reward/gold_correlation"] = np.corrcoef(gold, total)[0, 1]
-    return {name: float(value) for name, value in found.items()}
-
-
-def named(metrics: dict[str, Any], prefix: str) -> dict[str, Any]:
-    """Metrics of an update, its own (loss, grad_norm, update/finite) under a prefix."""
-    own = ("loss", "grad_norm", "update/finite")
-    return {f"{prefix}/{k}" if k in own else k: v for k, v in metrics.items()}
-
-
-def repetition(tokens: np.ndarray, mask: np.ndarray, *, n: int = 3) -> float:
-    """Mean share of a completion's n-grams that occurred in it before."""
-    shares = []
-    for row, real in zip(tokens, mask):
-        ids = row[real].tolist()
-        grams = [tuple(ids[i : i + n]) for i in range(len(ids) - n + 1)]
-        shares.append(1 - len(set(grams)) / len(grams) if grams else 0.0)
-    return float(np.mean(shares))
-
-
-def _table(
-    texts: xp.Texts,
-    completions: xp.Completions,
-    total: np.ndarray,
-    columns: dict[str, np.ndarray],
-    gold: np.ndarray | None,
-) -> list[dict]:
-    """One row for the first completion of each prompt."""
-    kl = completions.kl.sum(axis=1)
-    rows = []
-    for m in range(0, len(total), completions.num_samples):
-        row = {
-            "prompt": texts.prompts[m],
-            "completion": texts.completions[m],
-            "reward": float(total[m]),
-            "kl": float(kl[m]),
-            "tokens": int(completions.mask[m].sum()),
-            "stopped": bool(completions.stopped[m]),
-        }
-        if len(columns) > 1:
-            row["rewards"] = {name: float(c[m]) for name, c in columns.items()}
-        if gold is not None:
-            row["gold"] = float(gold[m])
-        rows.append(row)
-    return rows
 
 
 def finish(run_dir: pathlib.Path) -> None:

@@ -28,7 +28,7 @@ from rlhf_jax.io.metrics import metrics_writer
 from rlhf_jax.losses import kl
 from rlhf_jax.models.config import ComputeConfig, LoraConfig
 from rlhf_jax.programs import experience as xp
-from rlhf_jax.programs import rl_setup, sharded, training
+from rlhf_jax.programs import rl_metrics, rl_setup, sharded, training
 from rlhf_jax.programs.experience import ShapingConfig
 from rlhf_jax.programs.reinforcement import (
     Learner,
@@ -171,7 +171,7 @@ def run(config: RlooConfig) -> pathlib.Path:
             learner: Learner, batch: Any, key: jax.Array, cursor: RLCursor
         ) -> tuple[Learner, dict[str, jax.Array]]:
             policy, metrics = update(learner.policy, setting.put_micro(batch), key)
-            return Learner(policy), rl_setup.named(metrics, "train")
+            return Learner(policy), rl_metrics.named(metrics, "train")
 
         with metrics_writer(
             setting.run_dir,
