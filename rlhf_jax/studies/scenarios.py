@@ -67,7 +67,7 @@ def run(config: ScenariosConfig) -> dict[str, Any]:
         }
 
     found = compare(config, methods)
-    console = Console(width=130)
+    console = Console(width=160)
     console.print(
         table(found, "accuracy", "accuracy on pairs, against the gold reward")
     )
@@ -94,4 +94,4 @@ STATES: dict[str, Callable[[Mapping[str, float]], float]] = {
     "above that in training": _above_training,
     "mean accuracy": functools.partial(_mean_over, "accuracy"),
 }
-"""The papers' account of what BSR does, beside the accuracy it should explain."""
+"""The paper's account of what BSR does, beside the accuracy it should explain."""
