@@ -22,7 +22,7 @@ quickstart: .venv/.core
 	$(BIN)/rlhf-jax quickstart --run_dir $(RUN_DIR)
 
 test: .venv/.test
-	$(BIN)/python -m pytest -n auto $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n auto --dist worksteal $(PYTEST_ARGS)
 
 lint: .venv/.test
 	$(BIN)/ruff check .
@@ -60,7 +60,7 @@ benchmarks/.envs/trl/.complete: benchmarks/envs.sh
 .venv/.test: pyproject.toml | .venv/bin/python
 	$(if $(PARITY),$(PIP) install "$(TORCH)" $(if $(TORCH_INDEX),--index-url "$(TORCH_INDEX)"))
 	$(PIP) install -e ".[$(TEST_EXTRAS)]"
-	touch $@ .venv/.core
+	touch $@ .venv/.core $(if $(findstring docs,$(TEST_EXTRAS)),.venv/.docs)
 
 .venv/.docs: pyproject.toml .venv/.test
 	$(PIP) install -e ".[docs]"

@@ -205,8 +205,8 @@ def _gradient(remat, scan_layers):
     ("remat", "scan_layers"),
     [
         ("full", True),
-        ("dots", True),
-        ("attention", True),
+        pytest.param("dots", True, marks=pytest.mark.slow),
+        pytest.param("attention", True, marks=pytest.mark.slow),
         pytest.param("full", False, marks=pytest.mark.slow),
     ],
 )
@@ -233,7 +233,7 @@ def test_remat_recomputes_what_its_name_says():
     assert counts == sorted(counts) and counts[0] < counts[1] < counts[3]
 
 
-@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("tied", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_bfloat16_compute_is_close_and_outputs_are_float32(tied):
     """bfloat16 keeps 8 bits: activations of size 1 carry errors of about 1 per cent, so
     logits of size about 1 agree to a few hundredths; parameters stay float32."""

@@ -35,7 +35,9 @@ def _rewards(model, params):
     return model.apply({"params": params}, BATCH.sequences, BATCH.score_at)
 
 
-@pytest.mark.parametrize("scan_layers", [True, False])
+@pytest.mark.parametrize(
+    "scan_layers", [True, pytest.param(False, marks=pytest.mark.slow)]
+)
 def test_merged_equals_adapters_on(scan_layers):
     model, params = _model(scan_layers=scan_layers)
     plain, _ = _model(LoraConfig(), scan_layers)

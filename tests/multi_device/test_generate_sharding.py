@@ -61,7 +61,9 @@ def one_device(config):
     ("shape", "config", "rules"),
     [
         (MeshConfig(2, 2, 2), SLOTS, None),
-        (MeshConfig(1, 4, 2), PLAIN, TENSOR_PARALLEL),
+        pytest.param(
+            MeshConfig(1, 4, 2), PLAIN, TENSOR_PARALLEL, marks=pytest.mark.slow
+        ),
     ],
     ids=["2x2x2, slots", "1x4x2, decoding rules"],
 )

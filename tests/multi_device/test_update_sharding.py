@@ -54,7 +54,9 @@ def one_device(dataset):
 
 
 @pytest.mark.parametrize(
-    "shape", [MeshConfig(2, 2, 2), MeshConfig(1, 8, 1)], ids=["2x2x2", "fsdp"]
+    "shape",
+    [MeshConfig(2, 2, 2), pytest.param(MeshConfig(1, 8, 1), marks=pytest.mark.slow)],
+    ids=["2x2x2", "fsdp"],
 )
 def test_eight_devices_take_the_steps_of_one(dataset, one_device, shape):
     np.testing.assert_allclose(losses(dataset, make_mesh(shape)), one_device, rtol=1e-4)

@@ -1,6 +1,7 @@
 """`curate`: each step against its formula, nothing lost, nothing overwritten."""
 
 import json
+import types
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ from rlhf_jax.programs import curate
 from rlhf_jax.programs.curate import BoundConfig, CurateConfig, WeightConfig
 from rlhf_jax.programs.likelihood import open_likelihood
 from rlhf_jax.programs.models import load_policy
-from rlhf_jax.programs.scorer import ScoringConfig
+from rlhf_jax.programs.scorer import Refusal, ScoringConfig
 from rlhf_jax.testbed import tokenizer
 
 ROWS = [
@@ -95,10 +96,33 @@ def logits_of(model, tokens):
     return model.logits(model(rows))
 
 
-def test_weights_are_one_where_policy_and_reference_are_one(tmp_path):
-    weight = WeightConfig(policy="testbed", reference="testbed")
+@pytest.fixture
+def known(monkeypatch):
+    """Policies whose log-probabilities follow from the number of tokens."""
+
+    def likelihood(spec, scoring):
+        nats = {"new": -1.0, "old": -1.5}[spec]
+        scorer = types.SimpleNamespace(
+            encode=lambda prompt, text, tools=None: (
+                text.split()
+                if len(text.split()) <= (scoring.max_length or 99)
+                else Refusal("longer than max_length", f"{len(text.split())} tokens")
+            ),
+            rewards=lambda encoded: nats * np.array([len(ids) for ids in encoded]),
+        )
+        return scorer
+
+    monkeypatch.setattr(curate, "open_likelihood", likelihood)
+
+
+def test_weights_are_those_of_the_formula(tmp_path, known):
+    weight = WeightConfig(policy="new", reference="old", flattening=0.5, mixing=0.2)
     found = run(tmp_path, weight=weight)
-    np.testing.assert_allclose([row["weight"] for row in found], 1.0, rtol=1e-6)
+    for row in found:
+        # log p - log q is half a nat a token.
+        ratios = [0.5 * len(row[side].split()) for side in ("chosen", "rejected")]
+        logs = [-np.log(0.2 + 0.8 * np.exp(-x)) for x in ratios]
+        assert row["weight"] == pytest.approx(np.exp(0.5 * sum(logs)), rel=1e-5)
 
 
 def test_off_prompt_pairs_come_with_their_soft_labels(tmp_path, capsys):
@@ -178,20 +202,16 @@ def test_a_column_of_a_standard_name_is_not_overwritten(tmp_path):
         )
 
 
-def test_texts_too_long_for_the_policy_are_set_aside(tmp_path):
-    weight = WeightConfig(policy="testbed", reference="testbed")
-    long = {"prompt": "sort : 1", "chosen": "1 " * 40, "rejected": "1"}
-    scoring = ScoringConfig(max_length=24)
-    found = run(tmp_path, [*ROWS, long], weight=weight, scoring=scoring)
-    assert len(found) == 3
+def test_texts_too_long_for_the_policy_are_set_aside(tmp_path, known):
+    weight = WeightConfig(policy="new", reference="old")
+    found = run(tmp_path, weight=weight, scoring=ScoringConfig(max_length=3))
+    assert [row["id"] for row in found] == ["a", "c"]
     aside = read(tmp_path / "o.jsonl.errors.jsonl")
-    assert [line["reason"] for line in aside] == ["longer than max_length 24"]
+    assert [line["row"]["id"] for line in aside] == ["b"]
+    assert aside[0]["reason"] == "longer than max_length"
     with pytest.raises(ValueError, match="no pair is left"):
         run(
-            tmp_path,
-            weight=weight,
-            scoring=ScoringConfig(max_length=4),
-            overwrite=True,
+            tmp_path, weight=weight, scoring=ScoringConfig(max_length=1), overwrite=True
         )
     assert len(read(tmp_path / "o.jsonl.errors.jsonl")) == 3
 

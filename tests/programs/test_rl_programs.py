@@ -508,6 +508,7 @@ def test_unusable_prompts_are_set_aside_and_counted(policy, tmp_path, capsys):
 # A reward that can be checked.
 
 
+@pytest.mark.slow
 def test_gsm8k_recipe_rewards_exact_answers(test_data, policy, tmp_path, one_device):
     data = test_data / "data" / "gsm8k.jsonl.gz"
     config = pathlib.Path(__file__).parents[2] / "configs/rloo/smollm2-135m-gsm8k.yaml"
