@@ -155,8 +155,10 @@ def run(config: CurateConfig) -> pathlib.Path:
         if config.bound.by != "none":
             _bound(found, config)
     finally:
-        _write(out.with_name(f"{out.name}.errors.jsonl"), found.left_out)
-    _write(out, found.rows)
+        scored_rows.write_whole(
+            out.with_name(f"{out.name}.errors.jsonl"), found.left_out
+        )
+    scored_rows.write_whole(out, found.rows)
     reasons = Counter(line["reason"] for line in found.left_out)
     aside = ", ".join(f"{count:,} {reason}" for reason, count in reasons.items())
     _say(f"{read:,} pairs read, {len(found.rows):,} written")
@@ -199,13 +201,6 @@ def _output(config: CurateConfig) -> pathlib.Path:
     except OSError as error:
         raise ValueError(f"out {config.out}: cannot write there: {error}") from None
     return out
-
-
-def _write(path: pathlib.Path, rows: Sequence[Row]) -> None:
-    """A whole file or none."""
-    partial = path.with_name(f"{path.name}.partial")
-    scored_rows.write_jsonl(partial, rows)
-    partial.replace(path)
 
 
 def _check_columns(found: Curated, config: CurateConfig) -> None:

@@ -179,3 +179,10 @@ def write_jsonl(path: pathlib.Path, lines: Iterable[dict[str, Any]]) -> None:
     with path.open("w", encoding="utf-8") as file:
         for line in lines:
             file.write(dump(line))
+
+
+def write_whole(path: pathlib.Path, lines: Iterable[dict[str, Any]]) -> None:
+    """`write_jsonl`, a whole file or none."""
+    partial = path.with_name(f"{path.name}.partial")
+    write_jsonl(partial, lines)
+    partial.replace(path)

@@ -40,7 +40,13 @@ from rlhf_jax.data.store import PairDataset
 from rlhf_jax.io import strength_plots
 from rlhf_jax.io.run_dir import open_run, write_atomic
 from rlhf_jax.models.config import ComputeConfig, LoraConfig
-from rlhf_jax.programs import models, objectives, strength_members, training
+from rlhf_jax.programs import (
+    models,
+    objectives,
+    scored_rows,
+    strength_members,
+    training,
+)
 from rlhf_jax.sharding import MeshConfig
 
 COLUMNS = (
@@ -226,12 +232,12 @@ def _write(
         }
         for n, row in enumerate(rows)
     )
-    strength_members.write_rows(root / "strength.jsonl", measured)
+    scored_rows.write_whole(root / "strength.jsonl", measured)
     changed = (
         changed_row(row, str(actions[n]), found.mean[n], config.clean, **names)
         for n, row in enumerate(rows)
     )
-    strength_members.write_rows(
+    scored_rows.write_whole(
         root / "cleaned.jsonl", (row for row in changed if row is not None)
     )
 

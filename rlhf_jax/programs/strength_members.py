@@ -10,7 +10,7 @@ import hashlib
 import math
 import pathlib
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -24,7 +24,7 @@ from rlhf_jax.data.rows import pair_row
 from rlhf_jax.data.store import PairDataset
 from rlhf_jax.evals.suite import prompt_key
 from rlhf_jax.programs import export, members, models, objectives, reward, training
-from rlhf_jax.programs.scored_rows import write_jsonl
+from rlhf_jax.programs.scored_rows import write_whole
 from rlhf_jax.programs.scorer import ScoringConfig, open_scorer
 from rlhf_jax.programs.supervised import LoopConfig
 
@@ -69,7 +69,7 @@ def rewards(
         if config.folds:
             path = root / "folds" / f"without-{part}.jsonl"
             path.parent.mkdir(exist_ok=True)
-            write_rows(path, (rows[n] for n in np.flatnonzero(fold != part).tolist()))
+            write_whole(path, (rows[n] for n in np.flatnonzero(fold != part).tolist()))
             spec = str(path)
         names = [
             f"{part}-{m}" if config.folds else f"{m}" for m in range(config.members)
@@ -175,13 +175,6 @@ def _member(
         lora=config.lora,
         mesh=config.mesh,
     )
-
-
-def write_rows(path: pathlib.Path, rows: Iterable[dict[str, Any]]) -> None:
-    """A whole file or none."""
-    partial = path.with_suffix(".partial")
-    write_jsonl(partial, rows)
-    partial.replace(path)
 
 
 def write_average(

@@ -17,11 +17,10 @@ from rich.console import Console
 from rich.table import Table
 
 from rlhf_jax import config as configs
-from rlhf_jax.algorithms.optimizer import OptimizerConfig
-from rlhf_jax.data.prepare import DataConfig
 from rlhf_jax.evals import accuracy
 from rlhf_jax.io.run_dir import write_atomic
 from rlhf_jax.studies.frozen import (
+    FrozenConfig,
     PairStates,
     head_objective,
     open_frozen,
@@ -35,33 +34,18 @@ ALL = "all"
 
 
 @dataclasses.dataclass(frozen=True)
-class DomainsConfig:
+class DomainsConfig(FrozenConfig):
     """Accuracy of reward heads by the domain of training and of judging."""
 
     run_dir: str = "runs/domains"
     """Directory of the study."""
-    model: str | None = None
-    """Whose states are read: HF directory, hub id, .gguf, run; null = an SFT policy
-    trained on the testbed."""
     train: list[str] = dataclasses.field(default_factory=list)
     """Training pairs of each domain as NAME=SPEC; none = the testbed's families."""
     test: list[str] = dataclasses.field(default_factory=list)
     """Pairs that judge as NAME=SPEC."""
-    states_dir: str | None = None
-    """Where states are kept; null = inside run_dir. Studies may share it."""
     seeds: int = 5
     """Heads of each domain: each has its own start, order and four fifths of the
     pairs."""
-    steps: int = 400
-    """Optimizer steps of every head, of 64 pairs."""
-    optimizer: OptimizerConfig = OptimizerConfig(
-        learning_rate=3e-3, schedule="cosine", weight_decay=0.01
-    )
-    """Of every head."""
-    rows: DataConfig = DataConfig()
-    """How rows are read."""
-    sft_steps: int = 500
-    """Of the testbed's policy."""
 
     def __post_init__(self) -> None:
         for name in ("train", "test"):

@@ -44,6 +44,31 @@ PART = 256
 """Completions in a file of states."""
 
 
+@dataclasses.dataclass(frozen=True)
+class FrozenConfig:
+    """What the studies on frozen states have in common."""
+
+    run_dir: str
+    """Directory of the study."""
+    seeds: int = 5
+    """Heads: each has its own start, order and four fifths of the pairs."""
+    model: str | None = None
+    """Whose states are read: HF directory, hub id, .gguf, run; null = an SFT policy
+    trained on the testbed."""
+    states_dir: str | None = None
+    """Where states are kept; null = inside run_dir. Studies may share it."""
+    steps: int = 400
+    """Optimizer steps of every head, of 64 pairs."""
+    optimizer: OptimizerConfig = OptimizerConfig(
+        learning_rate=3e-3, schedule="cosine", weight_decay=0.01
+    )
+    """Of every head."""
+    rows: DataConfig = DataConfig()
+    """How rows are read."""
+    sft_steps: int = 500
+    """Of the testbed's policy."""
+
+
 class PairStates(NamedTuple):
     """States of pairs, [Q D] each."""
 

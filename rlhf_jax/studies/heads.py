@@ -21,12 +21,11 @@ from rich.console import Console
 from rich.table import Table
 
 from rlhf_jax import config as configs
-from rlhf_jax.algorithms.optimizer import OptimizerConfig
-from rlhf_jax.data.prepare import DataConfig
 from rlhf_jax.evals.length import length_matched, num_words
 from rlhf_jax.evals.ranking import gold_pairs, kendall_tau
 from rlhf_jax.io.run_dir import write_atomic
 from rlhf_jax.studies.frozen import (
+    FrozenConfig,
     KwiseStates,
     head_objective,
     open_frozen,
@@ -47,33 +46,18 @@ METRICS = {
 
 
 @dataclasses.dataclass(frozen=True)
-class HeadsConfig:
+class HeadsConfig(FrozenConfig):
     """Objectives side by side, as heads of a frozen model."""
 
     run_dir: str = "runs/heads"
     """Directory of the study."""
-    model: str | None = None
-    """Whose states are read: HF directory, hub id, .gguf, run; null = an SFT policy
-    trained on the testbed."""
     data: str | None = None
     """Training pairs, SPEC; null = testbed pairs of which a tenth is flipped."""
     eval_data: list[str] = dataclasses.field(default_factory=list)
     """Rows of scored completions as NAME=SPEC; none = the testbed's scenarios."""
-    states_dir: str | None = None
-    """Where states are kept; null = inside run_dir. Studies may share it."""
     seeds: int = 8
     """Heads of each objective: each has its own start, order and four fifths of the
     pairs."""
-    steps: int = 400
-    """Optimizer steps of every head, of 64 pairs."""
-    optimizer: OptimizerConfig = OptimizerConfig(
-        learning_rate=3e-3, schedule="cosine", weight_decay=0.01
-    )
-    """Of every head."""
-    rows: DataConfig = DataConfig()
-    """How rows are read."""
-    sft_steps: int = 500
-    """Of the testbed's policy."""
 
     def __post_init__(self) -> None:
         given = [self.model is not None, self.data is not None, bool(self.eval_data)]
@@ -105,9 +89,7 @@ def run(config: HeadsConfig) -> dict[str, Any]:
                 steps=config.steps,
                 optimizer=config.optimizer,
             )
-            found[name] = {
-                name: _judge(kernels, judged) for name, judged in sets.items()
-            }
+            found[name] = {key: _judge(kernels, judged) for key, judged in sets.items()}
         result = {
             "schema": 1,
             "pairs": len(pairs.chosen),
