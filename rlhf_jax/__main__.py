@@ -113,6 +113,11 @@ STUDIES = {
         "HeadsConfig",
         "BT, hinge, norm, DR and BSR as heads of a frozen model, real data too",
     ),
+    "objectives": Program(
+        "rlhf_jax.studies.objectives",
+        "ObjectivesConfig",
+        "BT, hinge, norm, DR and BSR, whole models trained on real pairs",
+    ),
     "domains": Program(
         "rlhf_jax.studies.domains",
         "DomainsConfig",

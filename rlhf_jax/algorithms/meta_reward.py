@@ -14,6 +14,7 @@ Source: Wang et al. 2024, arXiv:2401.06080, section 4; Dou et al. 2024,
 arXiv:2405.00438, algorithm 1.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -86,12 +87,16 @@ def meta_objective(
         trained, frozen = split(params)
         inner_key, outer_key = jax.random.split(key)
 
-        def rise(leaves: Any) -> jax.Array:
-            joined = join_trees(leaves, frozen)
-            return inner(joined, batch.shifted, inner_key)[0].value()
+        def rise(leaves: Any, *rest: Any) -> jax.Array:
+            joined = join_trees(leaves, rest[0])
+            return inner(joined, *rest[1:])[0].value()
 
-        at = trained if second_order else jax.lax.stop_gradient(trained)
-        value, step = jax.value_and_grad(rise)(at)
+        rest = jax.lax.stop_gradient((frozen, batch.shifted, inner_key))
+        if second_order:
+            value, step = _value_and_gradient(rise, trained, *rest)
+        else:
+            at = jax.lax.stop_gradient(trained)
+            value, step = jax.value_and_grad(rise)(at, *rest)
         # At norm 0 every reward ties: there is no direction, and sqrt has no slope.
         norm = jnp.sqrt(jnp.maximum(optax.tree.norm(step, squared=True), 1e-24))
         scale = inner_lr / norm if normalise else inner_lr
@@ -105,6 +110,34 @@ def meta_objective(
         }
 
     return objective
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _value_and_gradient(
+    function: Callable[..., jax.Array], at: Any, *rest: Any
+) -> tuple[jax.Array, Any]:
+    """`jax.value_and_grad`, whose own gradient is a Hessian-vector product by forward
+    over reverse mode: nothing is kept between the two passes, where reverse over
+    reverse keeps every intermediate of the inner gradient."""
+    return jax.value_and_grad(function)(at, *rest)
+
+
+def _forward(function: Callable[..., jax.Array], at: Any, *rest: Any) -> Any:
+    return _value_and_gradient(function, at, *rest), (at, rest)
+
+
+def _backward(
+    function: Callable[..., jax.Array], saved: Any, cotangents: tuple[jax.Array, Any]
+) -> Any:
+    (at, rest), (of_value, direction) = saved, cotangents
+    gradient, product = jax.jvp(
+        lambda leaves: jax.grad(function)(leaves, *rest), (at,), (direction,)
+    )
+    total = jax.tree.map(lambda g, hv: of_value * g + hv, gradient, product)
+    return total, *(None for _ in rest)
+
+
+_value_and_gradient.defvjp(_forward, _backward)
 
 
 def _one(value: jax.Array) -> Mean:

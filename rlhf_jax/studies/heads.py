@@ -6,8 +6,7 @@ does that, small); what the objective does to the head is, on any model's states
 seconds. By default the testbed's policy and scenarios; --model, --data and --eval_data
 take real ones.
 
-Numbers are means over the heads' seeds; intervals and paired t tests are over the
-prompts, which are what a result must generalise to.
+Numbers and tests are those of `by_prompt`.
 
 Source: Hong et al. 2025, arXiv:2505.07271, table 5.
 """
@@ -18,12 +17,10 @@ from typing import Any
 
 import numpy as np
 from rich.console import Console
-from rich.table import Table
 
 from rlhf_jax import config as configs
-from rlhf_jax.evals.length import length_matched, num_words
-from rlhf_jax.evals.ranking import gold_pairs, kendall_tau
 from rlhf_jax.io.run_dir import write_atomic
+from rlhf_jax.studies.by_prompt import METRICS, judge, table
 from rlhf_jax.studies.frozen import (
     FrozenConfig,
     KwiseStates,
@@ -35,14 +32,6 @@ from rlhf_jax.studies.frozen import (
 from rlhf_jax.studies.quickstart import SCENARIOS
 from rlhf_jax.studies.scenarios import TERMS
 from rlhf_jax.studies.seeds import study_dir
-from rlhf_jax.studies.statistics import interval, paired
-
-METRICS = {
-    "accuracy": "accuracy on the pairs inside the rows",
-    "kendall_tau": "Kendall's tau",
-    "length_matched_accuracy": "accuracy on pairs of about equal length",
-    "reward_mean": "mean reward",
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,49 +87,11 @@ def run(config: HeadsConfig) -> dict[str, Any]:
         }
         write_atomic(root / "study.json", json.dumps(result, indent=1))
     console = Console(width=130)
-    for metric, meaning in METRICS.items():
-        console.print(_table(found, metric, meaning))
+    for metric in METRICS:
+        console.print(table(found, metric))
     return result
 
 
 def _judge(kernels: np.ndarray, judged: KwiseStates) -> dict[str, list[float | None]]:
-    """Every metric, a number a prompt: the mean over the heads; None where a prompt has
-    no pair to judge by."""
-    found: dict[str, list[float | None]] = {metric: [] for metric in METRICS}
-    for states, row in zip(judged.states, judged.rows, strict=True):
-        rewards = states @ kernels.T  # [K S]
-        gold = np.array([response.score for response in row.responses])
-        words = np.array([num_words(response.text) for response in row.responses])
-        better, worse = np.array(gold_pairs(gold), int).reshape(-1, 2).T
-        gaps = rewards[better] - rewards[worse]
-        right = ((gaps > 0) + 0.5 * (gaps == 0)).mean(axis=1)
-        matched = length_matched(words[better], words[worse])
-        taus = [kendall_tau(column, gold) for column in rewards.T]
-        values = {
-            "accuracy": right.mean() if len(right) else None,
-            "kendall_tau": np.nan_to_num(taus).mean() if len(right) else None,
-            "length_matched_accuracy": right[matched].mean() if matched.any() else None,
-            "reward_mean": rewards.mean(),
-        }
-        for metric, value in values.items():
-            found[metric].append(None if value is None else float(value))
-    return found
-
-
-def _table(found: dict[str, dict[str, Any]], metric: str, title: str) -> Table:
-    """One row an objective, one column a set: the mean over prompts with its 95 %
-    interval, and below it the difference from BT, paired by prompt."""
-    shown = Table(title=title, show_lines=True)
-    shown.add_column("objective")
-    for name, judged in found["BT"].items():
-        count = sum(value is not None for value in judged[metric])
-        shown.add_column(f"{name}\n{count} prompts", justify="right")
-    for objective, sets in found.items():
-        cells = []
-        for name, judged in sets.items():
-            values = [v for v in judged[metric] if v is not None]
-            base = [v for v in found["BT"][name][metric] if v is not None]
-            against = "" if objective == "BT" else f"\n{paired(values, base)}"
-            cells.append(f"{interval(values).plain()}{against}" if values else "-")
-        shown.add_row(objective, *cells)
-    return shown
+    rewards = [states @ kernels.T for states in judged.states]
+    return judge(rewards, [row.responses for row in judged.rows])

@@ -9,8 +9,9 @@ import pytest
 import scipy.optimize
 
 from rlhf_jax.algorithms.optimizer import OptimizerConfig
-from rlhf_jax.data.rows import KwiseRow, Response
-from rlhf_jax.studies import domains, frozen, heads
+from rlhf_jax.data.rows import Response
+from rlhf_jax.studies import domains, frozen, heads, objectives
+from rlhf_jax.studies.by_prompt import judge
 from rlhf_jax.studies.frozen import PairStates, head_objective, train_heads
 
 OPTIMIZER = OptimizerConfig(learning_rate=0.05, schedule="cosine")
@@ -90,6 +91,11 @@ def test_states_are_computed_once_for_each_distinct_completion(tmp_path, monkeyp
             "'all' is the name of all domains",
         ),
         (heads.HeadsConfig, {"model": "m"}, "expected all three, or none"),
+        (
+            objectives.ObjectivesConfig,
+            {"model": "m", "data": "d", "eval_data": []},
+            "eval_data: expected rows of scored completions",
+        ),
     ],
 )
 def test_half_a_real_study_is_refused(config, options, message):
@@ -110,17 +116,30 @@ def test_domains_and_heads_run_on_the_testbed_and_go_on(tmp_path):
     assert 0 < np.mean([value for value in judged if value is not None]) < 1
 
 
+@pytest.mark.slow
+def test_whole_models_are_trained_scored_and_read_again(tmp_path):
+    policy = frozen.open_policy(tmp_path, 5)
+    config = objectives.ObjectivesConfig(
+        run_dir=str(tmp_path / "o"),
+        model=policy,
+        data="testbed:train?size=64",
+        eval_data=["id=testbed:quads_val_id?size=12"],
+        seeds=2,
+    )
+    first = objectives.run(config)["models"]
+    assert objectives.run(config)["models"] == first
+    assert set(first) == set(objectives.OBJECTIVES)
+    assert len(first["BSR"]["id"]["kendall_tau"]) == 12
+    means = {name: tuple(judged["id"]["reward_mean"]) for name, judged in first.items()}
+    assert len(set(means.values())) == len(means)
+
+
 def test_metrics_of_a_prompt_are_means_over_heads_and_none_without_a_pair():
     """Two heads that disagree: one orders the three completions, one turns them."""
-    row = KwiseRow(
-        "p",
-        [Response("a b c d", 3.0), Response("a b c e", 2.0), Response("a", 1.0)],
-    )
-    tied = KwiseRow("q", [Response("a", 1.0), Response("b", 1.0)])
-    states = [np.array([[3.0], [2.0], [1.0]]), np.array([[1.0], [2.0]])]
-    found = heads._judge(
-        np.array([[1.0], [-1.0]]), frozen.KwiseStates(states, [row, tied])
-    )
+    texts = [Response("a b c d", 3.0), Response("a b c e", 2.0), Response("a", 1.0)]
+    tied = [Response("a", 1.0), Response("b", 1.0)]
+    rewards = [np.array([[3.0], [2.0], [1.0]]), np.array([[1.0], [2.0]])]
+    found = judge([column * [1.0, -1.0] for column in rewards], [texts, tied])
     assert found["accuracy"] == [0.5, None]
     assert found["kendall_tau"] == [0.0, None]
     assert found["length_matched_accuracy"] == [0.5, None]  # one pair of four words
