@@ -53,6 +53,7 @@ class RewardModel(nn.Module):
         score_at: Int[Array, "B S"],
         *,
         deterministic: bool = True,
+        offset: Float[Array, "B T D"] | None = None,
     ) -> Float[Array, "B S"]:
         """Rewards [B S], float32.
 
@@ -61,8 +62,11 @@ class RewardModel(nn.Module):
             score_at: column of the last real token of each completion; what unused
                 slots point at is scored too and must be ignored.
             deterministic: False draws dropout masks from the rng named "dropout".
+            offset: added to the embeddings, see `Llama`.
         """
-        _, after = self.states(sequences, score_at, deterministic=deterministic)
+        _, after = self.states(
+            sequences, score_at, deterministic=deterministic, offset=offset
+        )
         return self.head(after)
 
     def states(
@@ -71,6 +75,7 @@ class RewardModel(nn.Module):
         score_at: Int[Array, "B S"],
         *,
         deterministic: bool = True,
+        offset: Float[Array, "B T D"] | None = None,
     ) -> tuple[Float[Array, "B S D"], Float[Array, "B S D"]]:
         """Hidden states at the scored tokens, before and after the final norm.
 
@@ -78,8 +83,11 @@ class RewardModel(nn.Module):
             sequences: see `__call__`.
             score_at: see `__call__`.
             deterministic: see `__call__`.
+            offset: see `__call__`.
         """
-        hidden = self.backbone(sequences, deterministic=deterministic, normalise=False)
+        hidden = self.backbone(
+            sequences, deterministic=deterministic, normalise=False, offset=offset
+        )
         before = jnp.take_along_axis(hidden, score_at[:, :, None], axis=1)
         return before, self.backbone.final_norm(before)
 

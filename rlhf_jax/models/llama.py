@@ -268,11 +268,13 @@ class Llama(nn.Module):
         cache: KVCache | decode_lib.DecodeCache | None = None,
         deterministic: bool = True,
         normalise: bool = True,
+        offset: Float[Array, "B T D"] | None = None,
     ) -> Any:
         """Hidden states [B T D] after the final norm, in the compute dtype.
 
         Args:
             sequences: tokens and their visibility.
+            offset: added to the embeddings; its gradient at 0 is theirs.
             normalise: False leaves the final norm to the caller, who then applies
                 `final_norm` to the states it needs.
             cache: if given, the tokens continue it; returns (hidden, new cache). A
@@ -294,6 +296,8 @@ class Llama(nn.Module):
             cache = write_tokens(cache, sequences)
         context = self._context(sequences, cache)
         x = self.embed(sequences.tokens, self.compute.dtype)
+        if offset is not None:
+            x = x + offset.astype(x.dtype)
         x = constrain(x, self.rules, "batch", "sequence", "activation_embed")
         x, cache = self._run_layers(x, self._layer_keys(deterministic), context, cache)
         hidden = self.final_norm(x) if normalise else x

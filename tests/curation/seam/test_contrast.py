@@ -1,0 +1,77 @@
+"""Neighbours: the nearest others under the limit, never the prompt itself."""
+
+import numpy as np
+import pytest
+
+from rlhf_jax.curation.seam.contrast import contrast, neighbours
+
+pytest.importorskip("faiss", reason="needs the seam extra")
+
+
+def slow_neighbours(embeddings, keys, count, limit):
+    """All cosines, in float64, one prompt at a time."""
+    unit = embeddings / np.linalg.norm(embeddings, axis=1, keepdims=True)
+    found = []
+    for row, key in zip(unit, keys):
+        near, seen = [], {key}
+        for other in np.argsort(-(unit @ row)).tolist():
+            if keys[other] not in seen and unit[other] @ row < limit:
+                near.append(keys.index(keys[other]))
+            seen.add(keys[other])
+        found.append(near[:count])
+    return found
+
+
+@pytest.mark.parametrize("limit", [0.2, 0.9, 2.0])
+@pytest.mark.parametrize("count", [1, 7, 100])
+def test_neighbours_are_those_of_a_slow_search(count, limit):
+    rng = np.random.default_rng(0)
+    keys = [f"prompt {n % 60}" for n in range(80)]
+    distinct = rng.normal(size=(60, 5)) + 0.7
+    embeddings = np.stack([distinct[n % 60] for n in range(80)])
+    found = neighbours(embeddings, keys, count=count, max_similarity=limit)
+    expected = slow_neighbours(embeddings, keys, count, limit)
+    assert [near.tolist() for near in found] == expected
+    assert any(len(near) for near in found)
+
+
+def test_a_prompt_and_its_duplicates_are_never_its_neighbours():
+    embeddings = np.ones((5, 3))
+    found = neighbours(embeddings, ["a", "b", "a", "a", "b"], max_similarity=2.0)
+    assert [near.tolist() for near in found] == [[1], [0], [1], [1], [0]]
+
+
+def test_neighbours_do_not_depend_on_the_order_of_the_prompts():
+    rng = np.random.default_rng(0)
+    embeddings, keys = rng.normal(size=(50, 4)), list(range(50))
+    found = neighbours(embeddings, keys, count=5)
+    order = rng.permutation(50)
+    moved = neighbours(embeddings[order], [keys[n] for n in order], count=5)
+    for place, near in zip(order, moved):
+        assert order[near].tolist() == found[place].tolist()
+
+
+def test_nothing_near_enough_and_a_single_prompt_give_no_neighbour():
+    assert neighbours(np.eye(1), ["a"])[0].tolist() == []
+    same = neighbours(np.ones((2, 2)), ["a", "b"], max_similarity=0.9)
+    assert [near.tolist() for near in same] == [[], []]
+
+
+def test_texts_are_distinct_other_answers_with_their_sources():
+    near = [np.array([1, 2, 3]), np.array([0])]
+    made = contrast(near, ["x", "y", "x", "y"], ["p0", "p1", "p2", "p3"])
+    assert made[0] == [{"text": "y", "source": "p1"}]
+    assert made[1] == [{"text": "x", "source": "p0"}]
+
+
+@pytest.mark.parametrize(
+    ("embeddings", "options", "message"),
+    [
+        (np.ones((3, 2)), {}, r"expected one row for each of 2 prompts"),
+        (np.ones((2, 2)), {"count": 0}, "count: expected at least 1, got 0"),
+        (np.full((2, 2), np.nan), {}, "a number is not finite"),
+    ],
+)
+def test_what_cannot_be_searched_is_said(embeddings, options, message):
+    with pytest.raises(ValueError, match=message):
+        neighbours(embeddings, ["a", "b"], **options)
