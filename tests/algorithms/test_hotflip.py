@@ -120,7 +120,6 @@ def test_flips_chosen_by_gradient_raise_the_reward_more_than_random_ones(of_a_mo
     random = np.stack([reward(at[:, n], tokens[:, n]) for n in range(60)], axis=1)
     by_chance = random - np.asarray(flips.rewards)[:, None]
     assert raised.mean() > by_chance.mean() + 3 * by_chance.std() / by_chance.size**0.5
-    assert (raised.max(axis=1) > 0).all()
 
 
 def test_rows_with_too_few_possibilities_say_so():
