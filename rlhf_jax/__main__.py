@@ -53,6 +53,11 @@ PROGRAMS = {
         "CurateConfig",
         "pairs filtered, weighed, bounded and augmented",
     ),
+    "seam": Program(
+        "rlhf_jax.programs.seam",
+        "SeamConfig",
+        "how well a policy and a reward model fit together, prompt by prompt",
+    ),
     "attributes": Program(
         "rlhf_jax.programs.attributes",
         "AttributesConfig",

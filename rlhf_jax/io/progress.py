@@ -55,6 +55,16 @@ def rl_bar(
 
 
 @contextlib.contextmanager
+def counting_bar(title: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A bar on stderr; what it gives is called with the number done since the last."""
+    columns = ("{task.description}", BarColumn(), MofNCompleteColumn())
+    console = Console(file=sys.stderr)
+    with Progress(*columns, TimeRemainingColumn(), console=console) as shown:
+        task = shown.add_task(title, total=total)
+        yield lambda count: shown.advance(task, count)
+
+
+@contextlib.contextmanager
 def _bar(title: str, steps: int, start: int, describe: Describe) -> Iterator[Bar]:
     console = Console(stderr=True)
     if not console.is_terminal:

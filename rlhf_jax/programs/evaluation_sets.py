@@ -5,18 +5,14 @@ row either has its rewards or is set aside with a reason. The benchmarks differ 
 eval_data in how a row is read (`_reader`) alone.
 """
 
-import contextlib
 import dataclasses
 import pathlib
-import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal
 
 import numpy as np
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
 from rlhf_jax.data import sources
 from rlhf_jax.data.encode import EncodedCompletion
@@ -25,6 +21,7 @@ from rlhf_jax.evals import contrast_instructions as contrast
 from rlhf_jax.evals import hidden_states
 from rlhf_jax.evals.hidden_states import StateFigures
 from rlhf_jax.evals.rmbench import check_domains, rmbench_item
+from rlhf_jax.io import progress
 from rlhf_jax.programs import scored_rows
 from rlhf_jax.programs.rewards import Rewards
 from rlhf_jax.programs.scored_rows import Job
@@ -137,7 +134,7 @@ def score_set(
     if gold is not None:
         jobs = _judged(jobs, gold)
     figures = None
-    with _progress(data.name, len(encoded)) as advance:
+    with progress.counting_bar(data.name, len(encoded)) as advance:
         if states and data.kind == "eval_data":
             flat, figures = _with_states(scorer, encoded, jobs, seed, advance)
         else:
@@ -273,13 +270,3 @@ def _check_set(
         )
     if data.kind == "rmbench":
         check_domains([str(job.row["domain"]) for job in jobs])
-
-
-@contextlib.contextmanager
-def _progress(name: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A bar on stderr; what it gives is called with the number done."""
-    columns = ("{task.description}", BarColumn(), MofNCompleteColumn())
-    console = Console(file=sys.stderr)
-    with Progress(*columns, TimeRemainingColumn(), console=console) as bar:
-        task = bar.add_task(name, total=total)
-        yield lambda count: bar.advance(task, count)

@@ -1,22 +1,25 @@
-"""Log-probabilities of texts under a policy, through the machinery that scores them.
+"""What a policy makes of texts, through the machinery that scores them.
 
-likelihood = open_likelihood("runs/policy", ScoringConfig())
-encoded = [likelihood.encode(prompt, text) for prompt, text in texts]
-logprobs = likelihood.rewards(encoded)          log p(text | prompt), nats
+    likelihood = open_likelihood("runs/policy", ScoringConfig())
+    encoded = [likelihood.encode(prompt, text) for prompt, text in texts]
+    logprobs = likelihood.rewards(encoded)         log p(text | prompt), nats
+
+`open_pooling` gives the mean hidden state of each text instead.
 """
 
-import functools
+import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
-import numpy as np
+import jax.numpy as jnp
 
 from rlhf_jax.algorithms.dpo import completion_sums
 from rlhf_jax.algorithms.sft import logprobs_apply
-from rlhf_jax.data.encode import Encoder
+from rlhf_jax.models.llama import Llama
 from rlhf_jax.programs import models
-from rlhf_jax.programs.scorer import Scorer, ScoringConfig
-from rlhf_jax.sharding import ShardingRules, batch_devices, batch_sharding, make_mesh
+from rlhf_jax.programs.scorer import Scorer, ScoringConfig, make_scorer
+from rlhf_jax.sharding import ShardingRules, batch_sharding, make_mesh
 
 
 def open_likelihood(spec: str, config: ScoringConfig) -> Scorer:
@@ -30,28 +33,56 @@ def open_likelihood(spec: str, config: ScoringConfig) -> Scorer:
     Raises:
         ValueError: no such model, or a reward model.
     """
+    return _open(spec, config, _sums)
+
+
+def _sums(model: Llama) -> Callable[..., jax.Array]:
+    logprobs = logprobs_apply(model, deterministic=True)
+
+    def sums(params: Any, sequences: Any, score_at: Any) -> jax.Array:
+        found = logprobs(params, sequences, jax.random.key(0))
+        return completion_sums(found, sequences, score_at)
+
+    return sums
+
+
+def open_pooling(spec: str, config: ScoringConfig) -> Scorer:
+    """A Scorer whose states are means of the policy's hidden states, after the final
+    norm, over the tokens of prompt and completion; its rewards mean nothing.
+
+    Args:
+        spec: a policy, as in `models`.
+        config: how; `untrained_head` has no meaning here.
+
+    Raises:
+        ValueError: no such model, or a reward model.
+    """
+    scorer = _open(spec, config, _pooled)
+    return dataclasses.replace(scorer, states_fn=scorer.score_fn)
+
+
+def _pooled(model: Llama) -> Callable[..., tuple[jax.Array, jax.Array, jax.Array]]:
+    def pooled(params: Any, sequences: Any, score_at: Any) -> Any:
+        hidden: Any = model.apply({"params": params}, sequences)
+        own = jnp.take_along_axis(sequences.segment, score_at, axis=1)
+        mine = (sequences.segment[:, None, :] == own[:, :, None]).astype(jnp.float32)
+        total = jnp.einsum("bst,btd->bsd", mine, hidden.astype(jnp.float32))
+        means = total / mine.sum(axis=2, keepdims=True)
+        return jnp.zeros(score_at.shape), means, means
+
+    return pooled
+
+
+def _open(spec: str, config: ScoringConfig, make: Callable[[Llama], Any]) -> Scorer:
+    """The function that `make` makes of a policy, jitted, as a Scorer's."""
     mesh, rules = make_mesh(config.mesh), ShardingRules()
     with jax.set_mesh(mesh):
         model, params, tokenizer = models.load_policy(
             spec, compute=config.compute, mesh=mesh, rules=rules
         )
-    logprobs = logprobs_apply(model, deterministic=True)
+    function, where = jax.jit(make(model)), batch_sharding(mesh, rules)
 
-    @jax.jit
-    def sums(params: Any, sequences: Any, score_at: Any) -> jax.Array:
-        found = logprobs(params, sequences, jax.random.key(0))
-        return completion_sums(found, sequences, score_at)
+    def call(sequences: Any, score_at: Any) -> Any:
+        return function(params, *jax.device_put((sequences, score_at), where))
 
-    where = batch_sharding(mesh, rules)
-
-    def score(params: Any, sequences: Any, score_at: Any) -> np.ndarray:
-        return sums(params, *jax.device_put((sequences, score_at), where))
-
-    return Scorer(
-        encoder=Encoder(tokenizer, template=config.template),
-        score_fn=functools.partial(score, params),
-        max_length=config.max_length or model.config.max_position_embeddings,
-        tokens_per_batch=config.tokens_per_batch,
-        rows_multiple_of=batch_devices(mesh, rules),
-        mesh=mesh,
-    )
+    return make_scorer(call, tokenizer, model.config, config)

@@ -20,7 +20,7 @@ from rlhf_jax.curation import ensemble
 from rlhf_jax.data.encode import EncodedCompletion, Encoder
 from rlhf_jax.evals import scoring
 from rlhf_jax.losses import statistics
-from rlhf_jax.models.config import ComputeConfig
+from rlhf_jax.models.config import ComputeConfig, LlamaConfig
 from rlhf_jax.programs import models
 from rlhf_jax.sharding import (
     MeshConfig,
@@ -204,16 +204,42 @@ def open_scorer(spec: str, config: ScoringConfig, *, seed: int = 0) -> Scorer:
         sequences, score_at = jax.device_put((sequences, score_at), where)
         return apply[method](params, sequences, score_at)
 
-    return Scorer(
-        encoder=Encoder(tokenizer, template=config.template),
-        score_fn=functools.partial(call, "__call__"),
-        max_length=config.max_length or model.config.max_position_embeddings,
-        tokens_per_batch=config.tokens_per_batch,
-        rows_multiple_of=batch_devices(mesh, rules),
-        mesh=mesh,
+    return make_scorer(
+        functools.partial(call, "__call__"),
+        tokenizer,
+        model.config,
+        config,
         random_head=not source.reward,
         states_fn=functools.partial(call, "rewards_and_states"),
         head_norm=norm,
+    )
+
+
+def make_scorer(
+    score_fn: scoring.ScoreFn,
+    tokenizer: Any,
+    architecture: LlamaConfig,
+    config: ScoringConfig,
+    **fields: Any,
+) -> Scorer:
+    """The Scorer of a function on batches.
+
+    Args:
+        score_fn: what it is made of.
+        tokenizer: of the model.
+        architecture: of the model, for its longest sequence.
+        config: how texts become batches.
+        **fields: others of Scorer.
+    """
+    mesh, rules = make_mesh(config.mesh), ShardingRules()
+    return Scorer(
+        encoder=Encoder(tokenizer, template=config.template),
+        score_fn=score_fn,
+        max_length=config.max_length or architecture.max_position_embeddings,
+        tokens_per_batch=config.tokens_per_batch,
+        rows_multiple_of=batch_devices(mesh, rules),
+        mesh=mesh,
+        **fields,
     )
 
 

@@ -100,7 +100,7 @@ def contrast(
     made = []
     for index, others in enumerate(near):
         texts: dict[str, Any] = {}
-        for other in others.tolist():
+        for other in map(int, others):
             if golds[other] != golds[index]:
                 texts.setdefault(golds[other], names[other])
         made.append([{"text": text, "source": name} for text, name in texts.items()])

@@ -21,7 +21,7 @@ misjudged completion has risk 0 and SEAM inf; all such prompts share the top ran
 """
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import scipy.special
@@ -165,6 +165,35 @@ def jaccard(first: np.ndarray, second: np.ndarray, total: int) -> tuple[float, f
     if not a or not b:
         return 0.0, 0.0
     overlap = np.arange(min(len(a), len(b)) + 1)
-    chance = scipy.stats.hypergeom(total, len(a), len(b)).pmf(overlap)
-    expected = (overlap / (len(a) + len(b) - overlap) * chance).sum()
+    drawn: Any = scipy.stats.hypergeom(total, len(a), len(b))
+    expected = (overlap / (len(a) + len(b) - overlap) * drawn.pmf(overlap)).sum()
     return len(a & b) / len(a | b), float(expected)
+
+
+class Overlap(NamedTuple):
+    """How alike two scores of the same prompts are."""
+
+    prompts: int
+    jaccard: float
+    """Of the prompts with the lowest scores."""
+    chance: float
+    """What random sets of these sizes would have."""
+    spearman: float
+    """Rank correlation; nan where one score is constant."""
+
+
+def overlap(first: np.ndarray, second: np.ndarray, fraction: float = 0.2) -> Overlap:
+    """Whether two scores of the same prompts find the same ones lowest.
+
+    Args:
+        first: [P], inf where nothing is misjudged.
+        second: [P].
+        fraction: of the prompts that count as lowest.
+    """
+    low = [lowest(score, fraction) for score in (first, second)]
+    found, chance = jaccard(*low, total=len(first))
+    ranked = [ranks(score) for score in (first, second)]
+    constant = any(len(set(each.tolist())) < 2 for each in ranked)
+    result: Any = None if constant else scipy.stats.pearsonr(*ranked)
+    spearman = float("nan") if constant else float(result.statistic)
+    return Overlap(len(first), found, chance, spearman)

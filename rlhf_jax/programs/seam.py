@@ -1,0 +1,374 @@
+"""`rlhf-jax seam`: how well a policy and a reward model fit together, prompt by prompt.
+
+Read `run`: prompts with gold completions are read; for each estimator worse completions
+are made (`worse`), scored by policy and reward model in parts (`_score`), and combined
+(`curation.seam.scores`). Into run_dir go seam.jsonl (a line a prompt and estimator),
+set_aside.jsonl, seam.json, plots and report.html. What is made or scored is kept: a
+stopped run goes on where it was, and a finished one is summarised anew in seconds.
+
+Source: arXiv:2406.07971; the formula is a reconstruction, see `curation.seam.scores`.
+"""
+
+import dataclasses
+import hashlib
+import json
+import pathlib
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+
+from rlhf_jax import config as configs
+from rlhf_jax.curation.seam import scores
+from rlhf_jax.curation.seam.scores import SeamFormula
+from rlhf_jax.data.rows import Columns
+from rlhf_jax.io import progress, seam_report
+from rlhf_jax.io.run_dir import open_run, write_atomic
+from rlhf_jax.programs import scored_rows, worse
+from rlhf_jax.programs.adversary import AttackConfig
+from rlhf_jax.programs.likelihood import open_likelihood
+from rlhf_jax.programs.rewards import Rewards, kind_of, open_rewards, parse_spec
+from rlhf_jax.programs.scorer import Refusal, Scorer, ScoringConfig
+from rlhf_jax.programs.seam_prompts import SeamPrompt, read_prompts
+from rlhf_jax.programs.worse import ContrastConfig, Estimator, PerturbConfig, Worse
+
+PART = 64
+"""Prompts scored and written together."""
+Line = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class SeamConfig:
+    """The seamlessness of a policy and a reward model on RL prompts."""
+
+    run_dir: str
+    """Directory of the results; one that holds this very run is resumed."""
+    policy: str
+    """Policy: run directory, HF directory, hub id or .gguf."""
+    reward: str
+    """Reward model; or package.module:function, http://..., ensemble:DIR."""
+    data: list[str]
+    """Prompts with gold completions, SPEC; repeat for several."""
+    estimators: list[Estimator] = dataclasses.field(
+        default_factory=lambda: ["contrast"]
+    )
+    """Where worse completions come from, one or more of contrast, perturb, attack,
+    given; each gets its own scores."""
+    gold_column: str = "gold_completion"
+    """Column of the gold completion; `chosen` for pairs."""
+    worse_column: str = "worse"
+    """Column of the worse completions, for the estimator given."""
+    formula: SeamFormula = SeamFormula()
+    """How likelihood and misjudgement become a score."""
+    contrast: ContrastConfig = ContrastConfig()
+    """Of the estimator contrast."""
+    perturb: PerturbConfig = PerturbConfig()
+    """Of the estimator perturb."""
+    attack: AttackConfig = AttackConfig()
+    """Of the estimator attack."""
+    compare: list[str] = dataclasses.field(default_factory=list)
+    """seam.jsonl of another policy or reward model on the same prompts, as NAME=PATH:
+    adds the overlap of the lowest fifths; repeat for several."""
+    seed: int = 0
+    """Of the perturbations."""
+    timeout_s: float = 60.0
+    """Longest call of a reward that is a function or HTTP."""
+    columns: Columns = Columns()
+    """Names of the columns of data."""
+    scoring: ScoringConfig = ScoringConfig()
+    """How both models read texts."""
+
+    def __post_init__(self) -> None:
+        if not self.data:
+            raise ValueError("data: expected at least one --data SPEC")
+        if not self.estimators or len(set(self.estimators)) < len(self.estimators):
+            raise ValueError(
+                f"estimators: expected one or more, each once, got {self.estimators}"
+            )
+        weight, spec = parse_spec(self.reward)
+        if "attack" in self.estimators and not (
+            kind_of(spec) == "model" and weight > 0
+        ):
+            raise ValueError(
+                "estimators: attack follows the gradient of a reward model, and "
+                f"reward {self.reward} is none with a weight above 0; name a model, or "
+                "leave attack out"
+            )
+
+
+def run(config: SeamConfig) -> pathlib.Path:
+    """Makes and scores what is not there yet, writes, prints; returns run_dir."""
+    opened = open_run(
+        config.run_dir,
+        config,
+        holds_runs=True,
+        may_change=("formula", "compare"),
+    )
+    with opened.lock:
+        root = opened.path
+        prompts, left_out = read_prompts(
+            config.data, config.columns, config.gold_column
+        )
+        _check_same(root, prompts)
+        made = {name: _worse(config, root, name, prompts) for name in config.estimators}
+        scored, seconds = _score(config, root, prompts, made)
+        lines = {name: _finish(found, config) for name, found in scored.items()}
+        for found in scored.values():
+            left_out += _without_score(prompts, found)
+        every = [line for found in lines.values() for line in found]
+        scored_rows.write_whole(root / "seam.jsonl", every)
+        scored_rows.write_whole(root / "set_aside.jsonl", left_out)
+        summary = seam_report.summarise(lines, _others(config))
+        summary |= {"prompts": len(prompts), "set_aside": len(left_out), **seconds}
+        write_atomic(root / "seam.json", json.dumps(summary, indent=1))
+        report = seam_report.write(root, summary, lines)
+    seam_report.show(summary, Console())
+    Console(highlight=False).print(
+        f"{root / 'seam.jsonl'}\n{root / 'set_aside.jsonl'}\nreport: {report}\n"
+        f"next  rlhf-jax seam-select --scores {root / 'seam.jsonl'} --out ...",
+        markup=False,
+        soft_wrap=True,
+    )
+    return root
+
+
+def _check_same(root: pathlib.Path, prompts: Sequence[SeamPrompt]) -> None:
+    """The prompts are those of the results that are there."""
+    digest = hashlib.sha256()
+    for prompt in prompts:
+        digest.update(f"{prompt.key}\0{prompt.gold}\0".encode("utf-8", "replace"))
+    path = root / "prompts.sha256"
+    if not path.exists():
+        write_atomic(path, digest.hexdigest())
+    elif path.read_text() != digest.hexdigest():
+        raise ValueError(
+            f"run_dir {root}: holds scores of other prompts; data has changed since; "
+            "choose another --run_dir"
+        )
+
+
+def _worse(
+    config: SeamConfig, root: pathlib.Path, name: Estimator, prompts: list[SeamPrompt]
+) -> Worse:
+    """The worse completions of an estimator, made once."""
+    path = root / f"worse-{name}.jsonl"
+    if not path.exists():
+        if name == "contrast":
+            made = worse.by_contrast(
+                prompts, config.contrast, config.policy, config.scoring
+            )
+        elif name == "perturb":
+            made = worse.by_perturbation(prompts, config.perturb, config.seed)
+        elif name == "attack":
+            made = worse.by_attack(
+                prompts, config.attack, parse_spec(config.reward)[1], config.scoring
+            )
+        else:
+            made = worse.given(prompts, config.worse_column)
+        scored_rows.write_whole(path, ({"worse": each} for each in made))
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return [json.loads(line)["worse"] for line in lines]
+
+
+def _score(
+    config: SeamConfig,
+    root: pathlib.Path,
+    prompts: list[SeamPrompt],
+    made: Mapping[str, Worse],
+) -> tuple[dict[str, list[Line]], dict[str, float]]:
+    """Log-probabilities and rewards of every text, part by part; what is on disk is
+    read. Also how long the new ones took."""
+    found = {
+        name: _read_parts(root / f"scores-{name}.jsonl", len(prompts)) for name in made
+    }
+    if all(len(lines) == len(prompts) for lines in found.values()):
+        return found, {}
+    likelihood = open_likelihood(config.policy, config.scoring)
+    rewards = open_rewards(
+        [config.reward], scoring=config.scoring, timeout_s=config.timeout_s
+    )
+    texts, start = 0, time.perf_counter()
+    for name, completions in made.items():
+        lines = found[name]
+        with (
+            progress.counting_bar(f"scoring {name}", len(prompts)) as advance,
+            (root / f"scores-{name}.jsonl").open("a", encoding="utf-8") as file,
+        ):
+            advance(len(lines))
+            for first in range(len(lines), len(prompts), PART):
+                some = slice(first, first + PART)
+                part = _score_part(
+                    name, prompts[some], completions[some], likelihood, rewards
+                )
+                lines += part
+                file.write("".join(scored_rows.dump(line) for line in part))
+                file.flush()
+                texts += sum(len(line["worse"]) + 1 for line in part)
+                advance(len(part))
+    seconds = time.perf_counter() - start
+    return found, {"texts_scored": texts, "texts_per_s": texts / seconds}
+
+
+def _read_parts(path: pathlib.Path, total: int) -> list[Line]:
+    """The whole parts of a file of scores; a torn or unfinished part is cut off."""
+    if not path.exists():
+        return []
+    raw = path.read_text(encoding="utf-8")
+    lines = raw.splitlines()[: raw.count("\n")]
+    if len(lines) < total:
+        lines = lines[: len(lines) // PART * PART]
+        write_atomic(path, "".join(line + "\n" for line in lines))
+    return [json.loads(line) for line in lines]
+
+
+def _score_part(
+    name: str,
+    prompts: Sequence[SeamPrompt],
+    completions: Worse,
+    likelihood: Scorer,
+    rewards: Rewards,
+) -> list[Line]:
+    """One line a prompt, with gold_reward null where the gold completion is refused."""
+    texts: list[tuple[int, str]] = []
+    encoded, lines = [], []
+    for n, (prompt, made) in enumerate(zip(prompts, completions, strict=True)):
+        line: Line = {
+            "schema": 1,
+            "prompt_id": prompt.prompt_id,
+            "where": prompt.where,
+            "prompt": prompt.prompt,
+            "gold": prompt.gold,
+            "gold_reward": None,
+            "estimator": name,
+            "worse": [],
+            "refused": [],
+        }
+        lines.append(line)
+        for number, each in enumerate([{"text": prompt.gold, "source": "gold"}, *made]):
+            taken = _encode(prompt, each["text"], likelihood, rewards)
+            if isinstance(taken, Refusal):
+                why = f"{taken.reason}: {taken.detail}"
+                line["refused"].append({**each, "reason": why})
+                if number == 0:
+                    break
+            else:
+                encoded.append(taken)
+                texts.append((n, each["text"]))
+                line["worse"].append({**each, "num_tokens": len(taken.completion)})
+    if not texts:
+        return lines
+    logprobs = likelihood.rewards(encoded)
+    found = rewards(
+        [prompts[n].prompt for n, _ in texts],
+        [text for _, text in texts],
+        [prompts[n].row for n, _ in texts],
+    ).total
+    numbers = iter(zip(logprobs.tolist(), found.tolist(), strict=True))
+    for line in lines:
+        for each in line["worse"]:
+            each["logprob"], each["reward"] = next(numbers)
+        if line["worse"]:
+            gold = line["worse"].pop(0)
+            line["gold_reward"] = gold["reward"]
+            line["gold_logprob"] = gold["logprob"]
+            line["gold_num_tokens"] = gold["num_tokens"]
+        for each in line["worse"]:
+            each["misjudged"] = each["reward"] > line["gold_reward"]
+    return lines
+
+
+def _encode(prompt: SeamPrompt, text: str, likelihood: Scorer, rewards: Rewards) -> Any:
+    """Token ids of the policy, or why one of the models cannot take the text."""
+    if not text.strip():
+        return Refusal("empty")
+    refused = rewards.refusal(prompt.prompt, text, prompt.row)
+    if refused is not None:
+        return refused
+    return likelihood.encode(prompt.prompt, text, tools=prompt.row.get("tools") or None)
+
+
+def _finish(lines: Sequence[Line], config: SeamConfig) -> list[Line]:
+    """Lines that have a score, with risk, seam (null = infinite) and rank."""
+    scored = [line for line in lines if line["worse"]]
+    if not scored:
+        return []
+    log_risks = np.array(
+        [
+            scores.log_risk(
+                np.array([each["logprob"] for each in line["worse"]]),
+                np.array([each["num_tokens"] for each in line["worse"]]),
+                np.array([each["reward"] for each in line["worse"]]),
+                line["gold_reward"],
+                config.formula,
+            )
+            for line in scored
+        ]
+    )
+    ranks = scores.ranks(-log_risks)
+    return [
+        {
+            **line,
+            "risk": float(np.exp(log_risk)),
+            "seam": float(-log_risk) if np.isfinite(log_risk) else None,
+            "rank": float(rank),
+        }
+        for line, log_risk, rank in zip(scored, log_risks, ranks, strict=True)
+    ]
+
+
+def _without_score(prompts: Sequence[SeamPrompt], lines: Sequence[Line]) -> list[Line]:
+    """A line for each prompt that an estimator gives no score, and why."""
+    left_out = []
+    for prompt, line in zip(prompts, lines, strict=True):
+        if line["worse"]:
+            continue
+        why = [each["reason"] for each in line["refused"]]
+        if line["gold_reward"] is None:
+            reason = "gold completion cannot be scored"
+        elif why:
+            reason = "no worse completion can be scored"
+        else:
+            reason = "no worse completion"
+        left_out.append(
+            scored_rows.set_aside(
+                prompt.where,
+                f"{line['estimator']}: {reason}",
+                "".join(why[:1]),
+                prompt.row,
+            )
+        )
+    return left_out
+
+
+def _others(config: SeamConfig) -> dict[str, list[Line]]:
+    """Lines of the runs to compare with."""
+    named = configs.parse_named(config.compare, "compare")
+    return {name: read_scores(path) for name, path in named.items()}
+
+
+def read_scores(path: str) -> list[Line]:
+    """The lines of a seam.jsonl.
+
+    Raises:
+        ValueError: no such file, or lines that are none of `seam`.
+    """
+    try:
+        text = pathlib.Path(path).expanduser().read_text(encoding="utf-8")
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read: {error}") from None
+    lines = []
+    for number, line in enumerate(text.splitlines(), start=1):
+        try:
+            row = json.loads(line)
+            _ = row["seam"], row["estimator"], row["prompt"]
+        except (json.JSONDecodeError, KeyError, TypeError):
+            raise ValueError(
+                f"{path}:{number}: expected a line of a seam.jsonl, with seam, "
+                f"estimator and prompt, got {line[:80]!r}"
+            ) from None
+        lines.append(row)
+    if not lines:
+        raise ValueError(f"{path}: has no line")
+    return lines

@@ -1,0 +1,311 @@
+"""`rlhf-jax seam`: scores that can be worked out on paper, whatever the batches; every
+row accounted for; a stopped run goes on."""
+
+import json
+import math
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+from rlhf_jax.curation.seam import scores
+from rlhf_jax.programs import likelihood, seam
+from rlhf_jax.programs.adversary import AttackConfig, open_adversary
+from rlhf_jax.programs.likelihood import open_likelihood, open_pooling
+from rlhf_jax.programs.scorer import ScoringConfig
+from rlhf_jax.programs.seam import SeamConfig
+from rlhf_jax.testbed.rows import rows as world
+
+VOCABULARY = 512
+GOLD = "rlhf_jax.testbed.gold:gold_rewards"
+
+
+def read(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+DATA = "testbed:worse?size=10&count=4"
+
+
+def run(tmp_path, data=DATA, name="run", **changes):
+    config = {
+        "run_dir": str(tmp_path / name),
+        "policy": "testbed",
+        "reward": f"-1*{GOLD}",
+        "data": [data],
+        "estimators": ["given"],
+    }
+    root = seam.run(SeamConfig(**(config | changes)))
+    return read(root / "seam.jsonl"), read(root / "set_aside.jsonl"), root
+
+
+def write(tmp_path, rows, name="data.jsonl"):
+    path = tmp_path / name
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """A run in parts of four prompts; tests read it, or copy it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(seam, "PART", 4)
+        return run(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture
+def uniform(monkeypatch):
+    """A policy that gives every token of its vocabulary the same probability."""
+    load = likelihood.models.load_policy
+
+    def zeros(*args, **options):
+        model, params, tokenizer = load(*args, **options)
+        return model, jax.tree.map(np.zeros_like, params), tokenizer
+
+    monkeypatch.setattr(likelihood.models, "load_policy", zeros)
+    return open_likelihood("testbed", ScoringConfig())
+
+
+def test_the_score_of_a_uniform_policy_on_paper(tmp_path, uniform):
+    """Minus the gold reward misjudges every worse completion."""
+    lines, _, _ = run(tmp_path)
+    for line in lines:
+        assert line["gold_reward"] == -1.0
+        assert all(each["misjudged"] for each in line["worse"])
+        for each in line["worse"]:
+            expected = -each["num_tokens"] * math.log(VOCABULARY)
+            assert each["logprob"] == pytest.approx(expected, rel=1e-5)
+        assert line["risk"] == pytest.approx(1 / VOCABULARY, rel=1e-4)
+        assert line["seam"] == pytest.approx(math.log(VOCABULARY), rel=1e-4)
+
+
+def test_lines_are_the_formula_of_their_own_numbers(base):
+    lines, left_out, _ = base
+    assert len(lines) == 10 and not left_out
+    for line in lines:
+        risk = np.mean(
+            [
+                each["misjudged"] * math.exp(each["logprob"] / each["num_tokens"])
+                for each in line["worse"]
+            ]
+        )
+        assert line["risk"] == pytest.approx(risk, rel=1e-9)
+        assert line["seam"] == pytest.approx(-math.log(risk), rel=1e-9)
+    order = np.argsort([line["seam"] for line in lines])
+    assert [lines[n]["rank"] for n in order] == list(range(1, 11))
+
+
+def test_batch_size_and_order_of_the_prompts_change_nothing(tmp_path, base):
+    turned = write(tmp_path, world("worse", size=10, count=4)[::-1])
+    lines, _, _ = run(tmp_path, turned, scoring=ScoringConfig(tokens_per_batch=128))
+    for a, b in zip(base[0], lines[::-1], strict=True):
+        assert a["prompt"] == b["prompt"] and a["rank"] == b["rank"]
+        assert a["seam"] == pytest.approx(b["seam"], abs=1e-4)
+        for x, y in zip(a["worse"], b["worse"], strict=True):
+            assert x["logprob"] == pytest.approx(y["logprob"], abs=1e-3)
+
+
+def test_log_probabilities_are_those_of_each_text_alone(base):
+    alone = open_likelihood("testbed", ScoringConfig())
+    for line in base[0][:2]:
+        for each in line["worse"][:2]:
+            encoded = alone.encode(line["prompt"], each["text"])
+            assert each["num_tokens"] == len(encoded.completion)
+            found = alone.rewards([encoded])[0]
+            assert each["logprob"] == pytest.approx(float(found), abs=1e-3)
+
+
+def test_a_stopped_run_goes_on_and_gives_the_same_lines(tmp_path, monkeypatch, base):
+    monkeypatch.setattr(seam, "PART", 4)
+    score, calls = seam._score_part, []
+
+    def stops(*args):
+        calls.append(args)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return score(*args)
+
+    monkeypatch.setattr(seam, "_score_part", stops)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path)
+    # Lines that were being written when the machine went away.
+    path = tmp_path / "run" / "scores-given.jsonl"
+    path.write_text(path.read_text() + json.dumps(base[0][4]) + '\n{"schema": 1, "prom')
+    again, _, _ = run(tmp_path)
+    assert again == base[0] and len(calls) == 2 + 2  # one part of three was there
+
+
+def test_a_finished_run_is_only_summarised_anew(tmp_path, monkeypatch, base):
+    monkeypatch.setattr(seam, "open_likelihood", None)
+    shutil.copytree(base[2], tmp_path / "run")
+    config = (tmp_path / "run" / "config.yaml").read_text()
+    moved = config.replace(str(base[2]), str(tmp_path / "run"))
+    (tmp_path / "run" / "config.yaml").write_text(moved)
+    again, _, _ = run(tmp_path)
+    assert again == base[0]
+    summed, _, _ = run(tmp_path, formula=scores.SeamFormula(reduce="sum"))
+    for a, b in zip(base[0], summed, strict=True):
+        assert b["risk"] == pytest.approx(a["risk"] * len(a["worse"]), rel=1e-6)
+
+
+def test_every_row_is_scored_or_set_aside_with_its_reason(tmp_path):
+    good = world("worse", size=3, count=3)
+    bare = {key: value for key, value in good[0].items() if key != "gold_completion"}
+    data = [
+        *good,
+        good[0],  # a duplicate is a row of its own
+        bare,
+        {**good[1], "gold_completion": "  "},
+        {**good[1], "gold_completion": "word " * 2000},
+        {**good[2], "worse": []},
+        {**good[2], "worse": [" ", "Answer: cat."]},
+        {"prompt": None, "gold_completion": "x"},
+        {**good[2], "worse": ["word " * 2000]},
+    ]
+    path = write(tmp_path, data)
+    lines, left_out, _ = run(
+        tmp_path,
+        path,
+        reward=f"-1*{__name__}:by_length",
+        scoring=ScoringConfig(max_length=512),
+    )
+    assert len(lines) + len(left_out) == len(data)
+    number = {
+        line["where"]: line["where"].rsplit(":", 1)[1] for line in lines + left_out
+    }
+    assert [number[line["where"]] for line in lines] == ["1", "2", "3", "4", "9"]
+    reasons = {number[line["where"]]: line["reason"] for line in left_out}
+    assert reasons == {
+        "5": "no gold completion",
+        "6": "no gold completion",
+        "7": "given: gold completion cannot be scored",
+        "8": "given: no worse completion",
+        "10": "empty",
+        "11": "given: no worse completion can be scored",
+    }
+    assert lines[-1]["refused"] == [
+        {"text": " ", "source": "worse", "reason": "empty: "}
+    ]
+
+
+def by_length(prompts, completions):
+    return [float(len(text)) for text in completions]
+
+
+def test_neighbours_are_other_prompts_and_their_gold_completions(tmp_path):
+    rows = world("rl", size=30)
+    rows += rows[:3]
+    lines, _, _ = run(
+        tmp_path,
+        write(tmp_path, rows),
+        estimators=["contrast"],
+        reward=f"-1*{__name__}:by_length",
+        contrast=seam.ContrastConfig(count=5, max_similarity=1.0),
+    )
+    golds = {line["prompt_id"]: line["gold"] for line in lines}
+    for line in lines:
+        assert 1 <= len(line["worse"]) <= 5
+        for each in line["worse"]:
+            assert each["source"] != line["prompt_id"]
+            assert each["text"] == golds[each["source"]] != line["gold"]
+    assert [line["worse"] for line in lines[30:]] == [
+        line["worse"] for line in lines[:3]
+    ]
+
+
+def test_pooled_states_are_means_over_each_text_alone():
+    pooling = open_pooling("testbed", ScoringConfig(tokens_per_batch=256))
+    encoded = [pooling.encode(row["prompt"], "cat") for row in world("rl", size=9)]
+    together = pooling.rewards_and_states(encoded, np.arange(9)).after
+    for n, each in enumerate(encoded):
+        alone = pooling.rewards_and_states([each], np.arange(1)).after[0]
+        np.testing.assert_allclose(together[n], alone, atol=1e-5)
+    assert np.linalg.norm(together - together.mean(axis=0), axis=1).min() > 0
+
+
+def test_attacks_raise_the_reward_inside_their_budget_and_can_be_written():
+    scoring = ScoringConfig(untrained_head=True)
+    attacker = open_adversary("testbed", scoring, candidates=16)
+    rows = world("rl", size=5)
+    prompts = [row["prompt"] for row in rows]
+    golds = [row["gold_completion"] for row in rows]
+    config = AttackConfig(count=6, budget=0.5, max_edits=3, beam=2)
+    encoder = attacker.scorer.encoder
+    for prompt, gold, found in zip(
+        prompts, golds, attacker.attack(prompts, golds, config), strict=True
+    ):
+        start = encoder.completion(prompt, gold)
+        assert found.refusal is None and len(found.worse) == 6
+        encoded = [attacker.scorer.encode(prompt, e["text"]) for e in found.worse]
+        rewards = attacker.scorer.rewards(encoded)
+        assert np.all(np.diff(rewards) <= 1e-5)
+        base = attacker.scorer.rewards([attacker.scorer.encode(prompt, gold)])[0]
+        assert rewards[0] > base
+        budget = min(3, max(1, round(0.5 * (len(start) - 1))))
+        for each, one in zip(found.worse, encoded, strict=True):
+            assert len(one.completion) == len(start)
+            edits = sum(a != b for a, b in zip(one.completion, start))
+            assert edits == int(each["source"].split()[0]) <= budget
+            assert one.completion[-1] == start[-1]
+
+
+def test_an_attack_on_a_text_that_is_too_long_is_refused_not_cut():
+    scoring = ScoringConfig(untrained_head=True, max_length=40)
+    attacker = open_adversary("testbed", scoring, candidates=4)
+    prompt = world("rl", size=1)[0]["prompt"]
+    config = AttackConfig(count=1, max_edits=1)
+    long, short = attacker.attack([prompt] * 2, ["cat " * 60, "cat"], config)
+    assert not long.worse and "longer than max_length 40" in long.refusal.reason
+    assert len(short.worse) == 1
+
+
+def test_runs_are_compared_by_prompt(tmp_path, base):
+    _, _, root = run(
+        tmp_path,
+        reward=f"-1*{__name__}:by_length",
+        compare=[f"base={base[2]}/seam.jsonl"],
+    )
+    summary = json.loads((root / "seam.json").read_text())
+    (row,) = summary["overlaps"]
+    assert (row["first"], row["second"]) == ("given", "base/given")
+    assert row["prompts"] == 10 and 0 <= row["jaccard"] <= 1
+    assert row["chance"] == pytest.approx(16 / 45 / 3 + 1 / 45)
+    assert (root / "report.html").exists() and (root / "plots" / "seam.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"data": []}, "data: expected at least one"),
+        ({"estimators": []}, "estimators: expected one or more, each once"),
+        ({"estimators": ["given", "given"]}, "each once"),
+        ({"estimators": ["attack"]}, "reward -1.* is none"),
+        ({"estimators": ["attack"], "reward": "-1*model"}, "weight above 0"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(change, message):
+    given = {"run_dir": "r", "policy": "p", "reward": f"-1*{GOLD}", "data": ["d"]}
+    with pytest.raises(ValueError, match=message):
+        SeamConfig(**(given | change))
+
+
+def test_what_cannot_be_read_is_said(tmp_path):
+    with pytest.raises(ValueError, match="none of 1 rows has a prompt and a gold"):
+        run(tmp_path, write(tmp_path, [{"prompt": "x"}]))
+    with pytest.raises(ValueError, match="expected a list of completions in column"):
+        run(tmp_path, "testbed:rl?size=2", name="no-worse")
+    with pytest.raises(ValueError, match="expected a line of a seam.jsonl"):
+        seam.read_scores(write(tmp_path, [{"prompt": "x"}], "bad.jsonl"))
+    with pytest.raises(ValueError, match=r"cannot be read"):
+        seam.read_scores(str(tmp_path / "nowhere.jsonl"))
+    with pytest.raises(ValueError, match="follows the gradient of one reward model"):
+        open_adversary("ensemble:somewhere", ScoringConfig(), candidates=1)
+
+
+def test_other_prompts_in_the_same_directory_are_refused(tmp_path):
+    path = write(tmp_path, world("worse", size=3, count=2))
+    run(tmp_path, path)
+    write(tmp_path, world("worse", size=4, count=2))
+    with pytest.raises(ValueError, match="holds scores of other prompts"):
+        run(tmp_path, path)
