@@ -58,6 +58,21 @@ PROGRAMS = {
         "SeamConfig",
         "how well a policy and a reward model fit together, prompt by prompt",
     ),
+    "seam-select": Program(
+        "rlhf_jax.programs.seam_select",
+        "SeamSelectConfig",
+        "RL prompts without those of the lowest SEAM",
+    ),
+    "seam-augment": Program(
+        "rlhf_jax.programs.seam_augment",
+        "SeamAugmentConfig",
+        "SFT rows and pairs of the prompts of the lowest SEAM",
+    ),
+    "seam-rounds": Program(
+        "rlhf_jax.programs.seam_rounds",
+        "SeamRoundsConfig",
+        "RL whose prompts are selected anew as the policy moves",
+    ),
     "attributes": Program(
         "rlhf_jax.programs.attributes",
         "AttributesConfig",

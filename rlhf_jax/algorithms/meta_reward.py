@@ -93,7 +93,8 @@ def meta_objective(
 
         rest = jax.lax.stop_gradient((frozen, batch.shifted, inner_key))
         if second_order:
-            value, step = _value_and_gradient(rise, trained, *rest)
+            found: Any = _value_and_gradient(rise, trained, *rest)
+            value, step = found
         else:
             at = jax.lax.stop_gradient(trained)
             value, step = jax.value_and_grad(rise)(at, *rest)

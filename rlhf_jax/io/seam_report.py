@@ -15,7 +15,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table as RichTable
 
-from rlhf_jax.curation.seam.scores import overlap
+from rlhf_jax.curation.seam.scores import of_line, overlap
 from rlhf_jax.io import html
 from rlhf_jax.io import plot_style as style
 
@@ -74,12 +74,8 @@ def _by_prompt(lines: Sequence[Line]) -> dict[tuple[str, int], float]:
     found = {}
     for line in lines:
         number = seen[line["prompt_id"]] = seen.get(line["prompt_id"], -1) + 1
-        found[line["prompt_id"], number] = _seam(line)
+        found[line["prompt_id"], number] = of_line(line)
     return found
-
-
-def _seam(line: Line) -> float:
-    return math.inf if line["seam"] is None else float(line["seam"])
 
 
 def _finite(value: float) -> float | None:
@@ -89,7 +85,7 @@ def _finite(value: float) -> float | None:
 def _figures(lines: Sequence[Line]) -> dict[str, Any]:
     worse = [each for line in lines for each in line["worse"]]
     bad = [each for each in worse if each["misjudged"]]
-    seam = np.array([_seam(line) for line in lines])
+    seam = np.array([of_line(line) for line in lines])
     finite = seam[np.isfinite(seam)]
     low, median = np.quantile(finite, [0.05, 0.5]) if len(finite) else (None, None)
     gold = [line["gold_logprob"] / line["gold_num_tokens"] for line in lines]
@@ -212,7 +208,7 @@ def write(
 
 def _lowest_section(name: str, lines: Sequence[Line]) -> html.Section:
     """The prompts that fit worst, with what was misjudged in them."""
-    lowest = sorted((line for line in lines if line["seam"] is not None), key=_seam)
+    lowest = sorted((line for line in lines if line["seam"] is not None), key=of_line)
     rows = []
     for line in lowest[:_SHOWN]:
         bad = [each for each in line["worse"] if each["misjudged"]]
@@ -240,7 +236,7 @@ def score_plot(lines: Mapping[str, Sequence[Line]], path: pathlib.Path) -> pathl
     with matplotlib.rc_context(style.STYLE):
         figure, axes = style.panel_grid(len(lines))
         for panel, (name, found) in zip(axes, lines.items(), strict=True):
-            values = np.array([_seam(line) for line in found])
+            values = np.array([of_line(line) for line in found])
             panel.hist(values[np.isfinite(values)], bins=30, color=style.BLUE)
             infinite = int((~np.isfinite(values)).sum())
             panel.set_title(f"{name} ({infinite:,} infinite)" if infinite else name)

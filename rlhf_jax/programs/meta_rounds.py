@@ -14,17 +14,13 @@ arXiv:2405.00438.
 
 import dataclasses
 import pathlib
-from typing import Any, Literal
+from typing import Any
 
 from rlhf_jax import config as configs
-from rlhf_jax.io.run_dir import is_finished, open_run
-from rlhf_jax.programs import generate, meta_reward, ppo, rloo, training
+from rlhf_jax.io.run_dir import open_run
+from rlhf_jax.programs import generate, meta_reward, rounds, training
+from rlhf_jax.programs.rounds import RlProgram
 from rlhf_jax.sampling.generate import SamplingConfig
-
-_RL: dict[str, Any] = {
-    "rloo": (rloo.RlooConfig, rloo.run),
-    "ppo": (ppo.PpoConfig, ppo.run),
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +42,7 @@ class MetaRoundsConfig:
     """Prompts of the meta sets, if other ones."""
     rounds: int = 4
     """Rounds; the papers find the gain gone after the third or fourth."""
-    rl: Literal["rloo", "ppo"] = "rloo"
+    rl: RlProgram = "rloo"
     """Program that trains the policy."""
     rl_config: str | None = None
     """YAML of that program; model, data, reward and run_dir are set here."""
@@ -76,20 +72,18 @@ class MetaRoundsConfig:
                 f"{self.sampling.num_samples}: the meta objective compares completions "
                 "of one prompt"
             )
-        for name in ("rl_config", "meta_config"):
-            path = getattr(self, name)
-            if path is not None and not pathlib.Path(path).is_file():
-                raise ValueError(f"{name} {path!r}: no such file")
+        rounds.check_file("rl_config", self.rl_config)
+        rounds.check_file("meta_config", self.meta_config)
         self.meta_of(1)  # what the parts refuse is refused now
         self.rl_of(1)
 
     def folder(self, number: int) -> pathlib.Path:
         """Of a round, from 1."""
-        return pathlib.Path(self.run_dir) / f"round-{number}"
+        return rounds.folder(self.run_dir, number)
 
     def policy_before(self, number: int) -> str:
         """The policy that a round begins with."""
-        return self.policy if number == 1 else str(self.folder(number - 1) / self.rl)
+        return rounds.policy_before(self.run_dir, self.policy, self.rl, number)
 
     def meta_of(self, number: int) -> meta_reward.MetaRewardConfig:
         """The meta-reward run of a round."""
@@ -115,7 +109,7 @@ class MetaRoundsConfig:
             "gold": self.gold,
             "seed": self.seed + number,
         }
-        return configs.load(_RL[self.rl][0], self.rl_config, flags)
+        return configs.load(rounds.RL[self.rl][0], self.rl_config, flags)
 
 
 def run(config: MetaRoundsConfig) -> pathlib.Path:
@@ -129,13 +123,10 @@ def run(config: MetaRoundsConfig) -> pathlib.Path:
             if not shifted.exists():
                 training.say(f"round {number}: sampling")
                 _sample(config, number, shifted)
-            for name, program, part in (
-                ("meta-reward", meta_reward.run, config.meta_of(number)),
-                (config.rl, _RL[config.rl][1], config.rl_of(number)),
-            ):
-                if not is_finished(part.run_dir, part):
-                    training.say(f"round {number}: {name}")
-                    program(part)
+            title = f"round {number}: {{}}"
+            meta, rl = config.meta_of(number), config.rl_of(number)
+            rounds.run_part(title.format("meta-reward"), meta_reward.run, meta)
+            rounds.run_part(title.format(config.rl), rounds.RL[config.rl][1], rl)
     return opened.path
 
 

@@ -3,14 +3,14 @@
 Read `run`: prompts with gold completions are read; for each estimator worse completions
 are made (`worse`), scored by policy and reward model in parts (`_score`), and combined
 (`curation.seam.scores`). Into run_dir go seam.jsonl (a line a prompt and estimator),
-set_aside.jsonl, seam.json, plots and report.html. What is made or scored is kept: a
-stopped run goes on where it was, and a finished one is summarised anew in seconds.
+prompts.jsonl, set_aside.jsonl, seam.json, plots and report.html. What is made or scored
+is kept: a stopped run goes on where it was, a finished one is summarised anew in
+seconds.
 
 Source: arXiv:2406.07971; the formula is a reconstruction, see `curation.seam.scores`.
 """
 
 import dataclasses
-import hashlib
 import json
 import pathlib
 import time
@@ -111,7 +111,7 @@ def run(config: SeamConfig) -> pathlib.Path:
         prompts, left_out = read_prompts(
             config.data, config.columns, config.gold_column
         )
-        _check_same(root, prompts)
+        _write_prompts(root, prompts)
         made = {name: _worse(config, root, name, prompts) for name in config.estimators}
         scored, seconds = _score(config, root, prompts, made)
         lines = {name: _finish(found, config) for name, found in scored.items()}
@@ -127,22 +127,24 @@ def run(config: SeamConfig) -> pathlib.Path:
     seam_report.show(summary, Console())
     Console(highlight=False).print(
         f"{root / 'seam.jsonl'}\n{root / 'set_aside.jsonl'}\nreport: {report}\n"
-        f"next  rlhf-jax seam-select --scores {root / 'seam.jsonl'} --out ...",
+        f"next  rlhf-jax seam-select --run_dir {root} --out ...",
         markup=False,
         soft_wrap=True,
     )
     return root
 
 
-def _check_same(root: pathlib.Path, prompts: Sequence[SeamPrompt]) -> None:
-    """The prompts are those of the results that are there."""
-    digest = hashlib.sha256()
-    for prompt in prompts:
-        digest.update(f"{prompt.key}\0{prompt.gold}\0".encode("utf-8", "replace"))
-    path = root / "prompts.sha256"
+def _write_prompts(root: pathlib.Path, prompts: Sequence[SeamPrompt]) -> None:
+    """prompts.jsonl: the rows of the scored prompts, in their order, for `seam-select`.
+
+    Raises:
+        ValueError: the directory holds scores of other prompts.
+    """
+    path = root / "prompts.jsonl"
+    text = "".join(scored_rows.dump(prompt.row) for prompt in prompts)
     if not path.exists():
-        write_atomic(path, digest.hexdigest())
-    elif path.read_text() != digest.hexdigest():
+        write_atomic(path, text)
+    elif path.read_text(encoding="utf-8") != text:
         raise ValueError(
             f"run_dir {root}: holds scores of other prompts; data has changed since; "
             "choose another --run_dir"
@@ -236,6 +238,7 @@ def _score_part(
     for n, (prompt, made) in enumerate(zip(prompts, completions, strict=True)):
         line: Line = {
             "schema": 1,
+            "index": prompt.index,
             "prompt_id": prompt.prompt_id,
             "where": prompt.where,
             "prompt": prompt.prompt,

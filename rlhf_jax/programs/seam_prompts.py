@@ -21,6 +21,8 @@ from rlhf_jax.programs import scored_rows
 class SeamPrompt:
     """A prompt and what it should be answered with."""
 
+    index: int
+    """Its place among the prompts."""
     where: str
     """File and line."""
     prompt_id: str
@@ -62,7 +64,7 @@ def read_prompts(
                 )
                 continue
             try:
-                found.append(_prompt(row, where, columns, gold_column))
+                found.append(_prompt(len(found), row, where, columns, gold_column))
             except ValueError as error:
                 reason = getattr(error, "kind", "malformed")
                 left_out.append(scored_rows.set_aside(where, reason, str(error), row))
@@ -76,7 +78,7 @@ def read_prompts(
 
 
 def _prompt(
-    row: dict[str, Any], where: str, columns: Columns, gold_column: str
+    index: int, row: dict[str, Any], where: str, columns: Columns, gold_column: str
 ) -> SeamPrompt:
     prompt = row_shapes.prompt_row(row, columns).prompt
     gold = row.get(gold_column)
@@ -89,7 +91,7 @@ def _prompt(
         )
     given = row.get("prompt_id")
     digest = hashlib.sha1(normal(prompt).encode("utf-8", "replace")).hexdigest()[:12]
-    return SeamPrompt(where, str(given or digest), prompt, gold, row)
+    return SeamPrompt(index, where, str(given or digest), prompt, gold, row)
 
 
 def normal(prompt: Any) -> str:

@@ -21,6 +21,8 @@ misjudged completion has risk 0 and SEAM inf; all such prompts share the top ran
 """
 
 import dataclasses
+import math
+from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -128,6 +130,11 @@ def ranks(seam: np.ndarray) -> np.ndarray:
     Scores compare only within one policy, reward model and estimator.
     """
     return scipy.stats.rankdata(np.asarray(seam, np.float64), method="average")
+
+
+def of_line(line: Mapping[str, Any]) -> float:
+    """SEAM of a line of seam.jsonl, where null is infinity: nothing misjudged."""
+    return math.inf if line["seam"] is None else float(line["seam"])
 
 
 def lowest(seam: np.ndarray, fraction: float, *, seed: int = 0) -> np.ndarray:
