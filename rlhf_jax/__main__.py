@@ -73,6 +73,11 @@ PROGRAMS = {
         "SeamRoundsConfig",
         "RL whose prompts are selected anew as the policy moves",
     ),
+    "judge": Program(
+        "rlhf_jax.programs.judge",
+        "JudgeConfig",
+        "which of two completions is better, and how far to trust the judge",
+    ),
     "attributes": Program(
         "rlhf_jax.programs.attributes",
         "AttributesConfig",

@@ -26,13 +26,14 @@ from rlhf_jax.curation.seam.scores import SeamFormula
 from rlhf_jax.data.rows import Columns
 from rlhf_jax.io import progress, seam_report
 from rlhf_jax.io.run_dir import open_run, write_atomic
-from rlhf_jax.programs import scored_rows, worse
+from rlhf_jax.programs import scored_rows, worse, writer
 from rlhf_jax.programs.adversary import AttackConfig
 from rlhf_jax.programs.likelihood import open_likelihood
 from rlhf_jax.programs.rewards import Rewards, kind_of, open_rewards, parse_spec
 from rlhf_jax.programs.scorer import Refusal, Scorer, ScoringConfig
-from rlhf_jax.programs.seam_prompts import SeamPrompt, read_prompts
-from rlhf_jax.programs.worse import ContrastConfig, Estimator, PerturbConfig, Worse
+from rlhf_jax.programs.seam_prompts import SeamPrompt, Worse, read_prompts
+from rlhf_jax.programs.worse import ContrastConfig, Estimator, PerturbConfig
+from rlhf_jax.programs.writer import WriterConfig
 
 PART = 64
 """Prompts scored and written together."""
@@ -54,8 +55,8 @@ class SeamConfig:
     estimators: list[Estimator] = dataclasses.field(
         default_factory=lambda: ["contrast"]
     )
-    """Where worse completions come from, one or more of contrast, perturb, attack,
-    given; each gets its own scores."""
+    """Where worse completions come from, one or more of contrast, generate, perturb,
+    attack, given; each gets its own scores."""
     gold_column: str = "gold_completion"
     """Column of the gold completion; `chosen` for pairs."""
     worse_column: str = "worse"
@@ -64,6 +65,8 @@ class SeamConfig:
     """How likelihood and misjudgement become a score."""
     contrast: ContrastConfig = ContrastConfig()
     """Of the estimator contrast."""
+    writer: WriterConfig = WriterConfig()
+    """Of the estimator generate."""
     perturb: PerturbConfig = PerturbConfig()
     """Of the estimator perturb."""
     attack: AttackConfig = AttackConfig()
@@ -72,7 +75,7 @@ class SeamConfig:
     """seam.jsonl of another policy or reward model on the same prompts, as NAME=PATH:
     adds the overlap of the lowest fifths; repeat for several."""
     seed: int = 0
-    """Of the perturbations."""
+    """Of the perturbations and of a local writer."""
     timeout_s: float = 60.0
     """Longest call of a reward that is a function or HTTP."""
     columns: Columns = Columns()
@@ -86,6 +89,12 @@ class SeamConfig:
         if not self.estimators or len(set(self.estimators)) < len(self.estimators):
             raise ValueError(
                 f"estimators: expected one or more, each once, got {self.estimators}"
+            )
+        writes = self.writer.model is not None or self.writer.chat.base_url is not None
+        if ("generate" in self.estimators) != writes:
+            raise ValueError(
+                "estimators: generate needs a writer, writer.model or "
+                "writer.chat.base_url with writer.chat.model, and a writer needs it"
             )
         weight, spec = parse_spec(self.reward)
         if "attack" in self.estimators and not (
@@ -161,6 +170,8 @@ def _worse(
             made = worse.by_contrast(
                 prompts, config.contrast, config.policy, config.scoring
             )
+        elif name == "generate":
+            made = writer.by_generation(prompts, config.writer, root, config.seed)
         elif name == "perturb":
             made = worse.by_perturbation(prompts, config.perturb, config.seed)
         elif name == "attack":

@@ -9,12 +9,15 @@ import hashlib
 import json
 import unicodedata
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 from rlhf_jax.data import rows as row_shapes
 from rlhf_jax.data import sources
 from rlhf_jax.data.rows import Columns
 from rlhf_jax.programs import scored_rows
+
+Worse: TypeAlias = list[list[dict[str, Any]]]
+"""For each prompt its worse completions, {"text", "source"} each."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,3 +101,10 @@ def normal(prompt: Any) -> str:
     """A prompt's text with white space, case and Unicode forms made alike."""
     text = prompt if isinstance(prompt, str) else json.dumps(prompt, sort_keys=True)
     return " ".join(unicodedata.normalize("NFKC", text).lower().split())
+
+
+def as_text(prompt: Any) -> str:
+    """A prompt for a reader that takes one text: turns of a conversation by name."""
+    if isinstance(prompt, str):
+        return prompt
+    return "\n\n".join(f"{turn['role']}: {turn['content']}" for turn in prompt)

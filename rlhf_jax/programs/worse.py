@@ -1,7 +1,7 @@
 """Where `seam` gets worse completions from: one function an estimator.
 
     contrast   gold completions of the nearest other prompts
-    generate   written to be worse, by a local policy or an endpoint
+    generate   written to be worse, by a local policy or an endpoint, see `writer`
     perturb    the gold completion, randomly perturbed
     attack     the gold completion, edited until the reward model likes it
     given      a column of the data, such as the testbed's known corruptions
@@ -25,10 +25,9 @@ from rlhf_jax.io import progress
 from rlhf_jax.programs.adversary import AttackConfig, open_adversary
 from rlhf_jax.programs.likelihood import open_pooling
 from rlhf_jax.programs.scorer import ScoringConfig
-from rlhf_jax.programs.seam_prompts import SeamPrompt
+from rlhf_jax.programs.seam_prompts import SeamPrompt, Worse
 
 Estimator = Literal["contrast", "generate", "perturb", "attack", "given"]
-Worse = list[list[dict[str, Any]]]
 PART = 64
 """Prompts attacked together."""
 

@@ -1,0 +1,141 @@
+"""The chat client against a server that misbehaves: nothing lost, paid once."""
+
+import pytest
+
+from rlhf_jax.io.chat import ChatClient, ChatConfig, Question
+from tests.chat_server import Server
+
+pytest.importorskip("openai", reason="needs the seam extra")
+
+
+@pytest.fixture
+def client(tmp_path, monkeypatch):
+    monkeypatch.setenv("CHAT_KEY", "word")
+    opened = []
+
+    def make(script=(), **options):
+        server = Server(script)
+        config = {
+            "base_url": server.url,
+            "model": "m",
+            "key_variable": "CHAT_KEY",
+            "cache": str(tmp_path / "cache"),
+            "retries": 2,
+        }
+        chat = ChatClient(ChatConfig(**(config | options)))
+        opened.append((chat, server))
+        return chat, server
+
+    yield make
+    for chat, server in opened:
+        chat.__exit__()
+        server.close()
+
+
+def ask(*texts, **options):
+    return [Question([{"role": "user", "content": text}], **options) for text in texts]
+
+
+def test_replies_are_in_order_and_the_request_is_as_configured(client):
+    chat, server = client(max_tokens=7)
+    names = [str(n) for n in range(20)]
+    done = []
+    replies = chat.ask(ask(*names, temperature=0.5), done.append)
+    assert [reply.text for reply in replies] == [f"re: {name}" for name in names]
+    assert sum(done) == 20 and all(reply.error is None for reply in replies)
+    _, body = server.requests[0]
+    assert (body["model"], body["temperature"], body["max_tokens"]) == ("m", 0.5, 7)
+
+
+def test_what_was_answered_is_not_asked_again(client):
+    chat, server = client()
+    assert [reply.text for reply in chat.ask(ask("a", "b", "a"))] == [
+        "re: a",
+        "re: b",
+        "re: a",
+    ]
+    assert chat.ask(ask("b", "c"))[0].text == "re: b"
+    assert len(server.requests) == 3
+    chat.ask([*ask("a", sample=1), *ask("a", temperature=0.0)])
+    assert len(server.requests) == 5  # another sample and temperature are other replies
+
+
+def test_the_estimate_counts_what_is_not_in_the_cache(client):
+    chat, server = client(max_tokens=100, price_in=2.0, price_out=10.0)
+    chat.ask(ask("a" * 40))
+    found = chat.estimate(ask("a" * 40, "b" * 400, "c" * 400))
+    assert (found.asked, found.cached) == (2, 1)
+    assert (found.tokens_in, found.tokens_out) == (200, 200)
+    assert found.price == pytest.approx((200 * 2.0 + 200 * 10.0) / 1e6)
+    assert len(server.requests) == 1
+
+
+def test_too_many_requests_and_server_errors_are_tried_again(client):
+    chat, server = client([(429, {}), (500, {}), (200, None)])
+    assert chat.ask(ask("a"))[0].text == "re: a"
+    assert len(server.requests) == 3
+
+
+@pytest.mark.parametrize(
+    ("script", "message"),
+    [
+        ([(429, {})] * 3, "RateLimitError"),
+        ([(503, {})] * 3, "InternalServerError"),
+        ([(400, {"error": {"message": "too long"}})], "too long"),
+        ([(200, {"choices": []})], "malformed reply"),
+        ([(200, {"other": 1})], "malformed reply"),
+        ([(200, {"choices": [{"message": {"content": " "}}]})], "malformed reply: no"),
+        ([(200, b"<html>")], "malformed reply"),
+    ],
+)
+def test_a_failure_is_a_reply_with_its_reason_and_is_not_cached(
+    client, script, message
+):
+    chat, _ = client(script)
+    failed, fine = chat.ask(ask("a"))[0], chat.ask(ask("b"))[0]
+    assert message in failed.error and failed.text == ""
+    assert fine.text == "re: b"
+    assert chat.ask(ask("a"))[0].text == "re: a"
+
+
+def test_a_reply_that_does_not_come_in_time_is_given_up(client):
+    chat, _ = client([(200, 3.0)], timeout_s=0.2, retries=0)
+    assert "no reply within 0.2 s" in chat.ask(ask("a"))[0].error
+
+
+def test_the_rate_limit_spaces_the_questions(client):
+    chat, server = client(per_minute=600)
+    chat.ask(ask(*"abcd"))
+    times = sorted(at for at, _ in server.requests)
+    assert times[-1] - times[0] >= 0.25
+
+
+@pytest.mark.parametrize("status", [401, 403, 404])
+def test_a_refused_key_or_model_ends_the_run_at_once(client, status):
+    chat, _ = client([(status, {"error": {"message": "no"}})] * 50)
+    with pytest.raises(ValueError, match=r"chat: http://127.0.0.1:\d+/v1, model m"):
+        chat.ask(ask("a", "b"))
+
+
+def test_settings_that_cannot_be_are_said(monkeypatch):
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    with pytest.raises(ValueError, match="OPENAI_API_KEY is not set; put the endpoint"):
+        ChatClient(ChatConfig(base_url="http://x/v1", model="m"))
+    with pytest.raises(ValueError, match="chat.base_url: expected an endpoint"):
+        ChatClient(ChatConfig())
+    for options, message in (
+        ({"base_url": "u"}, "expected base_url and model, or neither"),
+        ({"concurrent": 0}, "concurrent 0"),
+        ({"timeout_s": 0.0}, "timeout_s 0.0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            ChatConfig(**options)
+
+
+def test_an_endpoint_that_is_not_there_is_said(tmp_path, monkeypatch):
+    monkeypatch.setenv("CHAT_KEY", "word")
+    config = ChatConfig(
+        "http://127.0.0.1:9/v1", "m", "CHAT_KEY", str(tmp_path), retries=0
+    )
+    with ChatClient(config) as chat, pytest.raises(ValueError, match="127.0.0.1:9/v1"):
+        chat.ask(ask("a"))

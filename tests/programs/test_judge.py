@@ -1,0 +1,196 @@
+"""The judge: verdicts in both orders; agreement and bias as they were planted."""
+
+import json
+
+import pytest
+
+from rlhf_jax.data.rows import Columns
+from rlhf_jax.io.chat import ChatConfig
+from rlhf_jax.programs import seam, writer
+from rlhf_jax.programs.judge import JudgeConfig, _verdict, run
+from rlhf_jax.programs.seam import SeamConfig
+from rlhf_jax.programs.seam_prompts import read_prompts
+from rlhf_jax.programs.writer import WriterConfig
+from tests.chat_server import Server
+
+pytest.importorskip("openai", reason="needs the seam extra")
+ROWS = [
+    {"prompt": f"p{n}", "chosen": "long answer", "rejected": "short", "n": n}
+    for n in range(12)
+]
+
+
+@pytest.fixture
+def data(tmp_path):
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    return str(path)
+
+
+@pytest.fixture
+def endpoint(tmp_path, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "word")
+    opened = []
+
+    def make(reply, **options):
+        server = Server(reply=reply)
+        opened.append(server)
+        return ChatConfig(
+            base_url=server.url, model="m", cache=str(tmp_path / "c"), **options
+        )
+
+    yield make
+    for server in opened:
+        server.close()
+
+
+def sides(text):
+    """The two answers of a question, in the order they are shown."""
+    before, second = text.split("Answer B:\n")
+    return before.split("Answer A:\n")[1].strip(), second.split("\n\nEnd with")[0]
+
+
+def longer(text):
+    first, second = sides(text)
+    return "Because.\n**A**" if len(first) > len(second) else "Because.\nAnswer: B."
+
+
+def judged(data, tmp_path, **options):
+    result = run(JudgeConfig(data, str(tmp_path / "out"), **options))
+    lines = (tmp_path / "out" / "judged.jsonl").read_text().splitlines()
+    return result, [json.loads(line) for line in lines]
+
+
+def test_a_judge_that_reads_agrees_and_has_no_bias(data, tmp_path, endpoint):
+    result, rows = judged(data, tmp_path, chat=endpoint(longer))
+    assert result["agreement"][0] == result["consistency"][0] == 1.0
+    assert result["first"][0] == 0.5
+    assert [row["n"] for row in rows] == list(range(12))
+    assert all(row["verdicts"] == [1.0, 1.0] for row in rows)
+
+
+def test_a_judge_that_takes_the_first_is_found_out(data, tmp_path, endpoint):
+    result, rows = judged(data, tmp_path, chat=endpoint(lambda text: "A"))
+    assert result["agreement"][0] == 0.5 and result["consistency"][0] == 0.0
+    assert result["first"][0] == 1.0
+    assert all(row["verdicts"] == [1.0, 0.0] for row in rows)
+
+
+def test_a_reward_judges_each_completion_alone(data, tmp_path):
+    result, rows = judged(data, tmp_path, reward=f"{__name__}:shortness")
+    assert result["agreement"][0] == 0.0 and "consistency" not in result
+    assert all(row["verdicts"] == [0.0] for row in rows)
+
+
+def shortness(prompts, completions):
+    return [-float(len(text)) for text in completions]
+
+
+def test_pairs_without_a_verdict_are_set_aside_with_the_reply(data, tmp_path, endpoint):
+    def reply(text):
+        return "I cannot say which." if "\np3\n" in text else longer(text)
+
+    result, rows = judged(data, tmp_path, chat=endpoint(reply))
+    assert (result["pairs"], result["set_aside"]) == (11, 1)
+    (line,) = (tmp_path / "out" / "set_aside.jsonl").read_text().splitlines()
+    assert json.loads(line)["reason"] == "no verdict"
+    assert "cannot say" in json.loads(line)["detail"]
+    assert [row["n"] for row in rows] == [n for n in range(12) if n != 3]
+
+
+@pytest.mark.parametrize(
+    ("text", "verdict"),
+    [
+        ("A", 1.0),
+        ("b", 0.0),
+        ("First this.\n\n**TIE**", 0.5),
+        ("A is better than B.\nAnswer: B", 0.0),
+        ("Answer A.\n", 1.0),
+        ("A is better than B.", None),
+        ("", None),
+        ("A or B", None),
+    ],
+)
+def test_the_verdict_is_a_last_line_that_is_nothing_else(text, verdict):
+    assert _verdict(text) == verdict
+
+
+def test_what_stands_in_a_text_is_not_filled_in(data, tmp_path, endpoint):
+    row = {"prompt": "{first}", "chosen": "{second}", "rejected": "b"}
+    path = tmp_path / "odd.jsonl"
+    path.write_text(json.dumps(row) + "\n")
+    seen = []
+
+    def reply(text):
+        seen.append(text)
+        return "A"
+
+    judged(str(path), tmp_path, chat=endpoint(reply))
+    assert any("Request:\n{first}\n\nAnswer A:\n{second}" in text for text in seen)
+
+
+def test_what_cannot_be_judged_is_said(data, tmp_path):
+    for options, message in (
+        ({}, "expected --reward, or --chat.base_url"),
+        (
+            {"reward": "a:b", "chat": ChatConfig("http://x", "m")},
+            "expected --reward, or --chat.base_url",
+        ),
+        ({"reward": "a:b", "instruction": "{prompt}"}, r"expected {first} in it"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            JudgeConfig(data, "out", **options)
+    judged(data, tmp_path, reward=f"{__name__}:shortness")
+    with pytest.raises(ValueError, match="holds a judgement; name another"):
+        judged(data, tmp_path, reward=f"{__name__}:shortness")
+
+
+def prompts_of(tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    rows = [{"prompt": f"p{n}", "gold_completion": f"g{n}"} for n in range(4)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return read_prompts([str(path)], Columns(), "gold_completion")[0]
+
+
+def test_a_writer_gives_each_prompt_its_different_texts(tmp_path, endpoint):
+    """Gold completions, repeats and empty replies are no worse completions."""
+    count = iter(range(100))
+
+    def reply(text):
+        number = text.strip()[-1]
+        return f"g{number}" if next(count) % 2 else f"worse {number}"
+
+    config = WriterConfig(chat=endpoint(reply, concurrent=1), count=3)
+    made = writer.by_generation(prompts_of(tmp_path), config, tmp_path, seed=0)
+    assert made == [[{"text": f"worse {n}", "source": "m"}] for n in range(4)]
+
+
+def test_a_writer_that_only_fails_is_an_error(tmp_path, endpoint):
+    config = WriterConfig(chat=endpoint(lambda text: " "), count=1)
+    with pytest.raises(ValueError, match="every question failed; the first: malformed"):
+        writer.by_generation(prompts_of(tmp_path), config, tmp_path, seed=0)
+
+
+def test_a_local_writer_continues_the_instruction(tmp_path):
+    config = WriterConfig(model="testbed", count=3, max_new_tokens=6, batch_size=4)
+    made = writer.by_generation(prompts_of(tmp_path), config, tmp_path, seed=0)
+    assert len(made) == 4 and any(made)
+    for texts in made:
+        assert len({each["text"] for each in texts}) == len(texts) <= 3
+        assert all(each["source"] == "testbed" for each in texts)
+    asked = (tmp_path / "generate-prompts.jsonl").read_text().splitlines()
+    assert [json.loads(line)["prompt"].endswith(f"Request: p{n}") for n, line in
+            enumerate(asked)] == [True] * 4  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"estimators": ["generate"]},
+        {"estimators": ["given"], "writer": WriterConfig(model="m")},
+    ],
+)
+def test_generation_and_its_writer_come_together(options):
+    with pytest.raises(ValueError, match="generate needs a writer"):
+        SeamConfig("r", "p", "rm", ["d"], **options)
+    assert seam.SeamConfig("r", "p", "rm", ["d"]).estimators == ["contrast"]
