@@ -138,6 +138,11 @@ STUDIES = {
         "HeadsConfig",
         "BT, hinge, norm, DR and BSR as heads of a frozen model, real data too",
     ),
+    "seam-filter": Program(
+        "rlhf_jax.studies.seam_filter",
+        "SeamFilterConfig",
+        "RLOO without the prompts of the lowest SEAM, and its controls",
+    ),
     "objectives": Program(
         "rlhf_jax.studies.objectives",
         "ObjectivesConfig",

@@ -54,6 +54,8 @@ class ChatConfig:
     """Per million tokens asked, for the estimate before the run."""
     price_out: float = 0.0
     """Per million tokens answered."""
+    max_price: float | None = None
+    """Ask nothing if the estimate is above it; null = no limit."""
 
     def __post_init__(self) -> None:
         if (self.base_url is None) != (self.model is None):
@@ -166,9 +168,15 @@ class ChatClient:
         """The replies, in the order of the questions.
 
         Raises:
-            ValueError: the key is refused, the model is not there, or the endpoint
-                cannot be reached at all.
+            ValueError: it may cost more than max_price, the key is refused, the model
+                is not there, or the endpoint cannot be reached at all.
         """
+        price, limit = self.estimate(questions).price, self.config.max_price
+        if limit is not None and price > limit:
+            raise ValueError(
+                f"chat: these questions may cost {price:.2f}, and max_price is "
+                f"{limit:g}; ask fewer, or raise it"
+            )
         places: dict[pathlib.Path, list[int]] = {}
         for n, question in enumerate(questions):
             places.setdefault(self._path(question), []).append(n)
@@ -200,14 +208,16 @@ class ChatClient:
                 max_tokens=self.config.max_tokens,
             )
             text = answer.choices[0].message.content
+            cut = answer.choices[0].finish_reason == "length"
         except (
             openai.AuthenticationError,
-            openai.PermissionDeniedError,
             openai.NotFoundError,
             openai.APIConnectionError,
         ) as error:
-            if isinstance(error, openai.APITimeoutError):
-                return Reply("", f"no reply within {self.config.timeout_s:g} s")
+            late = isinstance(error, openai.APITimeoutError)
+            if late and type(error.__cause__).__name__ != "ConnectTimeout":
+                tries = f"{self.config.retries + 1} times {self.config.timeout_s:g} s"
+                return Reply("", f"no reply within {tries}")
             raise ValueError(
                 f"chat: {self.config.base_url}, model {self.config.model}: {error}"
             ) from None
@@ -217,6 +227,8 @@ class ChatClient:
             return Reply("", f"malformed reply: {error}")
         if not isinstance(text, str) or not text.strip():
             return Reply("", "malformed reply: no text")
+        if cut:
+            return Reply("", f"cut off at max_tokens {self.config.max_tokens}")
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(path, json.dumps({"text": text}))
         return Reply(text)

@@ -75,11 +75,26 @@ class Adversary:
     """Jitted (sequences, score_at [B], editable [B T]) -> Flips."""
 
     def attack(
-        self, prompts: Sequence[Any], golds: Sequence[str], config: AttackConfig
+        self,
+        prompts: Sequence[Any],
+        golds: Sequence[str],
+        config: AttackConfig,
+        tools: Sequence[list | None] | None = None,
     ) -> list[Attacked]:
-        """Edited gold completions of each prompt, the highest reward first."""
+        """Edited gold completions of each prompt, the highest reward first.
+
+        Args:
+            prompts: text or messages.
+            golds: gold completion of each.
+            config: budget and search.
+            tools: tool descriptions of each, for the chat template.
+        """
         encoder = self.scorer.encoder
-        encoded = [self.scorer.encode(p, g) for p, g in zip(prompts, golds)]
+        given = tools or [None] * len(prompts)
+        encoded = [
+            self.scorer.encode(prompt, gold, tools=each)
+            for prompt, gold, each in zip(prompts, golds, given, strict=True)
+        ]
         at = [n for n, found in enumerate(encoded) if not isinstance(found, Refusal)]
         mine = [found for found in encoded if not isinstance(found, Refusal)]
         starts = [tuple(int(i) for i in one.completion) for one in mine]
@@ -87,7 +102,8 @@ class Adversary:
 
         def says(index: int, tokens: Tokens) -> bool:
             text = encoder.completion_text(mine[index].prompt, list(tokens))
-            return _encodes_to(encoder, prompts[at[index]], text, tokens)
+            place = at[index]
+            return _encodes_to(encoder, prompts[place], text, tokens, given[place])
 
         found = attack(
             starts,
@@ -219,8 +235,11 @@ def _allowed(tokenizer: Any, vocab_size: int) -> np.ndarray:
     return allowed
 
 
-def _encodes_to(encoder: Encoder, prompt: Any, text: str, tokens: Tokens) -> bool:
+def _encodes_to(
+    encoder: Encoder, prompt: Any, text: str, tokens: Tokens, tools: list | None
+) -> bool:
     try:
-        return tuple(int(n) for n in encoder.completion(prompt, text)) == tokens
+        found = encoder.completion(prompt, text, tools=tools)
+        return tuple(int(n) for n in found) == tokens
     except ValueError:
         return False

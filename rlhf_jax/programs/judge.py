@@ -14,6 +14,7 @@ import dataclasses
 import json
 import pathlib
 import re
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,7 +23,12 @@ from rich.console import Console
 from rich.table import Table
 
 from rlhf_jax.data.rows import Columns
-from rlhf_jax.evals.accuracy import mean_with_interval, outcomes
+from rlhf_jax.evals.accuracy import (
+    bootstrap_interval,
+    cluster_index,
+    mean_with_interval,
+    outcomes,
+)
 from rlhf_jax.io import progress
 from rlhf_jax.io.chat import ChatClient, ChatConfig, Question
 from rlhf_jax.io.run_dir import write_atomic
@@ -37,7 +43,12 @@ INSTRUCTION = (
     "is the order in which they stand.\n\nRequest:\n{prompt}\n\nAnswer A:\n{first}\n\n"
     "Answer B:\n{second}\n\nEnd with one line, alone: A, B or TIE."
 )
-_VERDICT = re.compile(r"\b(A|B|TIE)\b")
+_VERDICTS = {"A": 1.0, "B": 0.0, "TIE": 0.5}
+_AROUND = frozenset(
+    ("answer", "better", "best", "final", "is", "judgement", "judgment", "my", "the")
+    + ("verdict", "winner")
+)
+"""Words that may stand around a verdict."""
 Row = dict[str, Any]
 
 
@@ -107,7 +118,7 @@ def run(config: JudgeConfig) -> dict[str, Any]:
         "schema": 1,
         "judge": config.reward or config.chat.model,
         "pairs": len(found.rows),
-        "set_aside": len(found.left_out),
+        "set_aside": dict(Counter(line["reason"] for line in found.left_out)),
         **_figures(verdicts, [normal(row["prompt"]) for row in found.rows], config),
     }
     write_atomic(out / "judge.json", json.dumps(result, indent=1))
@@ -169,13 +180,13 @@ def _ask(row: Row, order: Sequence[str], config: JudgeConfig) -> str:
 
 
 def _verdict(text: str) -> float | None:
-    """1 for the first, 0 for the second, one half for a tie: the last line that is
+    """1 for the first, 0 for the second, one half for a tie: the last line, if it is
     nothing else; None without one."""
     for line in reversed(text.strip().splitlines()):
-        words = re.sub(r"[^A-Za-z ]", " ", line).upper().replace("ANSWER", " ").split()
+        words = re.findall("[A-Za-z]+", line)
         if words:
-            found = _VERDICT.fullmatch(" ".join(words))
-            return {"A": 1.0, "B": 0.0, "TIE": 0.5}[found.group()] if found else None
+            left = [word.upper() for word in words if word.lower() not in _AROUND]
+            return _VERDICTS.get(left[0]) if len(left) == 1 else None
     return None
 
 
@@ -189,9 +200,19 @@ def _figures(
         columns["consistency"] = (shown_first == shown_second).astype(float)
         columns["first"] = (shown_first + 1 - shown_second) / 2
     return {
-        name: list(mean_with_interval(values, prompts, seed=config.seed)[:3])
+        name: _interval(values, prompts, config.seed)
         for name, values in columns.items()
     }
+
+
+def _interval(values: np.ndarray, prompts: list[str], seed: int) -> list[float]:
+    """[mean, low, high]; resampled where a value is not simply right or wrong, which
+    the interval of a proportion would take for a coin."""
+    if np.isin(values, (0.0, 1.0)).all() or not np.ptp(values):
+        return list(mean_with_interval(values, prompts, seed=seed)[:3])
+    clusters = cluster_index(prompts)
+    low, high = bootstrap_interval(values, clusters, samples=2000, seed=seed)
+    return [float(values.mean()), low, high]
 
 
 def _show(result: dict[str, Any], out: pathlib.Path) -> None:
@@ -209,5 +230,6 @@ def _show(result: dict[str, Any], out: pathlib.Path) -> None:
             table.add_row(meaning, f"{value:.3f}", f"{low:.3f} to {high:.3f}")
     console = Console(highlight=False)
     console.print(table)
-    text = f"{out / 'judged.jsonl'}, {result['set_aside']:,} rows set aside"
+    aside = ", ".join(f"{n:,} {reason}" for reason, n in result["set_aside"].items())
+    text = f"{out / 'judged.jsonl'}; set aside: {aside or 'none'}"
     console.print(text, markup=False, soft_wrap=True)

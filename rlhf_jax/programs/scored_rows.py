@@ -174,6 +174,16 @@ def dump(row: dict[str, Any]) -> str:
     return text + "\n"
 
 
+def read_jsonl(path: pathlib.Path) -> list[dict[str, Any]]:
+    """The rows of a file that `write_jsonl` wrote.
+
+    Lines end with a line feed alone: a text may hold the other characters that
+    str.splitlines takes as ends.
+    """
+    lines = path.read_text(encoding="utf-8").split("\n")
+    return [json.loads(line) for line in lines if line]
+
+
 def write_jsonl(path: pathlib.Path, lines: Iterable[dict[str, Any]]) -> None:
     """A file of one JSON object a line."""
     with path.open("w", encoding="utf-8") as file:

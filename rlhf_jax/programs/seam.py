@@ -30,13 +30,21 @@ from rlhf_jax.programs import scored_rows, worse, writer
 from rlhf_jax.programs.adversary import AttackConfig
 from rlhf_jax.programs.likelihood import open_likelihood
 from rlhf_jax.programs.rewards import Rewards, kind_of, open_rewards, parse_spec
-from rlhf_jax.programs.scorer import Refusal, Scorer, ScoringConfig
+from rlhf_jax.programs.scorer import ENSEMBLE, Refusal, Scorer, ScoringConfig
 from rlhf_jax.programs.seam_prompts import SeamPrompt, Worse, read_prompts
 from rlhf_jax.programs.worse import ContrastConfig, Estimator, PerturbConfig
 from rlhf_jax.programs.writer import WriterConfig
 
 PART = 64
 """Prompts scored and written together."""
+_SPEED = ("texts_scored", "texts_per_s")
+_ASKING = ("per_minute", "concurrent", "retries", "timeout_s", "key_variable")
+MAY_CHANGE = (
+    *("formula", "compare", "estimators", "timeout_s", "scoring.tokens_per_batch"),
+    *("writer.max_failed", "writer.chat.max_price", "writer.chat.price_in"),
+    *("writer.chat.price_out", *(f"writer.chat.{name}" for name in _ASKING)),
+)
+"""Settings of a run that goes on: none of them changes a text or a score."""
 Line = dict[str, Any]
 
 
@@ -97,11 +105,10 @@ class SeamConfig:
                 "writer.chat.base_url with writer.chat.model, and a writer needs it"
             )
         weight, spec = parse_spec(self.reward)
-        if "attack" in self.estimators and not (
-            kind_of(spec) == "model" and weight > 0
-        ):
+        one_model = kind_of(spec) == "model" and not spec.startswith(ENSEMBLE)
+        if "attack" in self.estimators and not (one_model and weight > 0):
             raise ValueError(
-                "estimators: attack follows the gradient of a reward model, and "
+                "estimators: attack follows the gradient of one reward model, and "
                 f"reward {self.reward} is none with a weight above 0; name a model, or "
                 "leave attack out"
             )
@@ -113,16 +120,16 @@ def run(config: SeamConfig) -> pathlib.Path:
         config.run_dir,
         config,
         holds_runs=True,
-        may_change=("formula", "compare"),
+        may_change=MAY_CHANGE,
     )
     with opened.lock:
         root = opened.path
-        prompts, left_out = read_prompts(
+        prompts, rows, left_out = read_prompts(
             config.data, config.columns, config.gold_column
         )
-        _write_prompts(root, prompts)
+        _write_prompts(root, rows)
         made = {name: _worse(config, root, name, prompts) for name in config.estimators}
-        scored, seconds = _score(config, root, prompts, made)
+        scored, speed = _score(config, root, prompts, made)
         lines = {name: _finish(found, config) for name, found in scored.items()}
         for found in scored.values():
             left_out += _without_score(prompts, found)
@@ -130,7 +137,7 @@ def run(config: SeamConfig) -> pathlib.Path:
         scored_rows.write_whole(root / "seam.jsonl", every)
         scored_rows.write_whole(root / "set_aside.jsonl", left_out)
         summary = seam_report.summarise(lines, _others(config))
-        summary |= {"prompts": len(prompts), "set_aside": len(left_out), **seconds}
+        summary |= {"prompts": len(prompts), "set_aside": len(left_out), **speed}
         write_atomic(root / "seam.json", json.dumps(summary, indent=1))
         report = seam_report.write(root, summary, lines)
     seam_report.show(summary, Console())
@@ -143,14 +150,14 @@ def run(config: SeamConfig) -> pathlib.Path:
     return root
 
 
-def _write_prompts(root: pathlib.Path, prompts: Sequence[SeamPrompt]) -> None:
-    """prompts.jsonl: the rows of the scored prompts, in their order, for `seam-select`.
+def _write_prompts(root: pathlib.Path, rows: Sequence[Line]) -> None:
+    """prompts.jsonl: the rows with a prompt, in their order, for `seam-select`.
 
     Raises:
         ValueError: the directory holds scores of other prompts.
     """
     path = root / "prompts.jsonl"
-    text = "".join(scored_rows.dump(prompt.row) for prompt in prompts)
+    text = "".join(map(scored_rows.dump, rows))
     if not path.exists():
         write_atomic(path, text)
     elif path.read_text(encoding="utf-8") != text:
@@ -165,6 +172,8 @@ def _worse(
 ) -> Worse:
     """The worse completions of an estimator, made once."""
     path = root / f"worse-{name}.jsonl"
+    if name == "attack":
+        return _attacked(config, path, prompts)
     if not path.exists():
         if name == "contrast":
             made = worse.by_contrast(
@@ -174,15 +183,29 @@ def _worse(
             made = writer.by_generation(prompts, config.writer, root, config.seed)
         elif name == "perturb":
             made = worse.by_perturbation(prompts, config.perturb, config.seed)
-        elif name == "attack":
-            made = worse.by_attack(
-                prompts, config.attack, parse_spec(config.reward)[1], config.scoring
-            )
         else:
             made = worse.given(prompts, config.worse_column)
         scored_rows.write_whole(path, ({"worse": each} for each in made))
-    lines = path.read_text(encoding="utf-8").splitlines()
-    return [json.loads(line)["worse"] for line in lines]
+    return [line["worse"] for line in scored_rows.read_jsonl(path)]
+
+
+def _attacked(
+    config: SeamConfig, path: pathlib.Path, prompts: Sequence[SeamPrompt]
+) -> Worse:
+    """The estimator that takes long writes part by part."""
+    lines = _read_parts(path, len(prompts), worse.PART)
+    if len(lines) < len(prompts):
+        spec = parse_spec(config.reward)[1]
+        parts = worse.by_attack(
+            prompts, config.attack, spec, config.scoring, start=len(lines)
+        )
+        with path.open("a", encoding="utf-8") as file:
+            for part in parts:
+                new = [{"worse": each} for each in part]
+                file.write("".join(map(scored_rows.dump, new)))
+                file.flush()
+                lines += new
+    return [line["worse"] for line in lines]
 
 
 def _score(
@@ -194,10 +217,11 @@ def _score(
     """Log-probabilities and rewards of every text, part by part; what is on disk is
     read. Also how long the new ones took."""
     found = {
-        name: _read_parts(root / f"scores-{name}.jsonl", len(prompts)) for name in made
+        name: _read_parts(root / f"scores-{name}.jsonl", len(prompts), PART)
+        for name in made
     }
     if all(len(lines) == len(prompts) for lines in found.values()):
-        return found, {}
+        return found, _earlier_speed(root)
     likelihood = open_likelihood(config.policy, config.scoring)
     rewards = open_rewards(
         [config.reward], scoring=config.scoring, timeout_s=config.timeout_s
@@ -221,18 +245,25 @@ def _score(
                 texts += sum(len(line["worse"]) + 1 for line in part)
                 advance(len(part))
     seconds = time.perf_counter() - start
-    return found, {"texts_scored": texts, "texts_per_s": texts / seconds}
+    return found, dict(zip(_SPEED, (texts, texts / seconds), strict=True))
 
 
-def _read_parts(path: pathlib.Path, total: int) -> list[Line]:
-    """The whole parts of a file of scores; a torn or unfinished part is cut off."""
+def _earlier_speed(root: pathlib.Path) -> dict[str, float]:
+    """What the run that scored the texts said of it."""
+    path = root / "seam.json"
+    summary = json.loads(path.read_text()) if path.exists() else {}
+    return {key: summary[key] for key in _SPEED if key in summary}
+
+
+def _read_parts(path: pathlib.Path, total: int, part: int) -> list[Line]:
+    """The whole parts of a file of lines; a torn or unfinished part is cut off."""
     if not path.exists():
         return []
-    raw = path.read_text(encoding="utf-8")
-    lines = raw.splitlines()[: raw.count("\n")]
+    # As bytes: the tear may go through a character.
+    lines = path.read_bytes().split(b"\n")[:-1]
     if len(lines) < total:
-        lines = lines[: len(lines) // PART * PART]
-        write_atomic(path, "".join(line + "\n" for line in lines))
+        lines = lines[: len(lines) // part * part]
+        write_atomic(path, b"".join(line + b"\n" for line in lines).decode("utf-8"))
     return [json.loads(line) for line in lines]
 
 
@@ -260,10 +291,14 @@ def _score_part(
             "refused": [],
         }
         lines.append(line)
+        if prompt.tools:
+            line["tools"] = prompt.tools
         for number, each in enumerate([{"text": prompt.gold, "source": "gold"}, *made]):
             taken = _encode(prompt, each["text"], likelihood, rewards)
+            if number and each["text"].strip() == prompt.gold.strip():
+                taken = Refusal("the gold completion")
             if isinstance(taken, Refusal):
-                why = f"{taken.reason}: {taken.detail}"
+                why = ": ".join(part for part in (taken.reason, taken.detail) if part)
                 line["refused"].append({**each, "reason": why})
                 if number == 0:
                     break
@@ -277,7 +312,7 @@ def _score_part(
     found = rewards(
         [prompts[n].prompt for n, _ in texts],
         [text for _, text in texts],
-        [prompts[n].row for n, _ in texts],
+        [_row(prompts[n]) for n, _ in texts],
     ).total
     numbers = iter(zip(logprobs.tolist(), found.tolist(), strict=True))
     for line in lines:
@@ -297,10 +332,15 @@ def _encode(prompt: SeamPrompt, text: str, likelihood: Scorer, rewards: Rewards)
     """Token ids of the policy, or why one of the models cannot take the text."""
     if not text.strip():
         return Refusal("empty")
-    refused = rewards.refusal(prompt.prompt, text, prompt.row)
+    refused = rewards.refusal(prompt.prompt, text, _row(prompt))
     if refused is not None:
         return refused
-    return likelihood.encode(prompt.prompt, text, tools=prompt.row.get("tools") or None)
+    return likelihood.encode(prompt.prompt, text, tools=prompt.tools)
+
+
+def _row(prompt: SeamPrompt) -> Line:
+    """What rewards read of a row: `tools` under its standard name."""
+    return {**prompt.row, "tools": prompt.tools}
 
 
 def _finish(lines: Sequence[Line], config: SeamConfig) -> list[Line]:
@@ -372,8 +412,13 @@ def read_scores(path: str) -> list[Line]:
         text = pathlib.Path(path).expanduser().read_text(encoding="utf-8")
     except OSError as error:
         raise ValueError(f"{path}: cannot be read: {error}") from None
+    if not text.strip():
+        raise ValueError(
+            f"{path}: has no line: no prompt has a score; set_aside.jsonl beside it "
+            "says why"
+        )
     lines = []
-    for number, line in enumerate(text.splitlines(), start=1):
+    for number, line in enumerate(text.rstrip("\n").split("\n"), start=1):
         try:
             row = json.loads(line)
             _ = row["seam"], row["estimator"], row["prompt"]
@@ -383,6 +428,4 @@ def read_scores(path: str) -> list[Line]:
                 f"estimator and prompt, got {line[:80]!r}"
             ) from None
         lines.append(row)
-    if not lines:
-        raise ValueError(f"{path}: has no line")
     return lines

@@ -49,7 +49,7 @@ class SeamRoundsConfig:
     gold: str | None = None
     """A reward that is logged beside and never trained on."""
     seed: int = 0
-    """Seed of all rounds; round r adds r."""
+    """Seed of all rounds: round r has 1000 times it, and r."""
 
     def __post_init__(self) -> None:
         if self.rounds < 1 or not 0 < self.drop < 1:
@@ -70,6 +70,10 @@ class SeamRoundsConfig:
         """The policy that a round begins with."""
         return rounds.policy_before(self.run_dir, self.policy, self.rl, number)
 
+    def seed_of(self, number: int) -> int:
+        """Of a round; no two rounds of two seeds share one."""
+        return 1000 * self.seed + number
+
     def seam_of(self, number: int) -> seam.SeamConfig:
         """The seam run of a round."""
         flags = {
@@ -77,6 +81,7 @@ class SeamRoundsConfig:
             "policy": self.policy_before(number),
             "reward": self.reward,
             "data": self.data,
+            "seed": self.seed_of(number),
         }
         return configs.load(seam.SeamConfig, self.seam_config, flags)
 
@@ -95,7 +100,7 @@ class SeamRoundsConfig:
             "reward": [self.reward],
             "eval_data": self.eval_prompts,
             "gold": self.gold,
-            "seed": self.seed + number,
+            "seed": self.seed_of(number),
         }
         return configs.load(rounds.RL[self.rl][0], self.rl_config, flags)
 
@@ -122,6 +127,6 @@ def _select(config: SeamRoundsConfig, number: int) -> None:
             drop=[config.drop],
             estimator=measured.estimators[0],
             overwrite=True,
-            seed=config.seed + number,
+            seed=config.seed_of(number),
         )
     )

@@ -10,7 +10,6 @@ take. A prompt without a score is never dropped.
 """
 
 import dataclasses
-import json
 import pathlib
 from typing import Any
 
@@ -78,7 +77,17 @@ def run(config: SeamSelectConfig) -> list[pathlib.Path]:
         tied = f"{int((seam == at).sum()):,}" if name.startswith("seam") else "-"
         cells = (f"{len(gone):,}", f"{len(rows) - len(gone):,}", f"{at:.3f}", tied)
         table.add_row(paths[name].name, *cells)
-    Console().print(table)
+    console = Console()
+    console.print(table)
+    for share in config.drop:
+        infinite = int(np.isinf(seam[plans[f"seam-{share:g}"]]).sum())
+        if infinite:
+            console.print(
+                f"warning: seam-{share:g} leaves out {infinite:,} prompts without a "
+                "misjudged completion, drawn at random: fewer than this share have a "
+                "finite SEAM",
+                highlight=False,
+            )
     return list(paths.values())
 
 
@@ -96,8 +105,7 @@ def read_run(
             f"run_dir {run_dir}: holds no seam.jsonl; run `rlhf-jax seam` first"
         )
     lines = read_scores(str(root / "seam.jsonl"))
-    text = (root / "prompts.jsonl").read_text(encoding="utf-8")
-    rows = [json.loads(line) for line in text.splitlines()]
+    rows = scored_rows.read_jsonl(root / "prompts.jsonl")
     found = list(dict.fromkeys(line["estimator"] for line in lines))
     if estimator is None and len(found) > 1:
         raise ValueError(

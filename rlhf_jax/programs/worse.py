@@ -12,8 +12,7 @@ its function and gone with it.
 """
 
 import dataclasses
-import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -25,7 +24,7 @@ from rlhf_jax.io import progress
 from rlhf_jax.programs.adversary import AttackConfig, open_adversary
 from rlhf_jax.programs.likelihood import open_pooling
 from rlhf_jax.programs.scorer import ScoringConfig
-from rlhf_jax.programs.seam_prompts import SeamPrompt, Worse
+from rlhf_jax.programs.seam_prompts import SeamPrompt, Worse, as_text
 
 Estimator = Literal["contrast", "generate", "perturb", "attack", "given"]
 PART = 64
@@ -95,11 +94,14 @@ def _pooled_states(
     prompts: Sequence[SeamPrompt], policy: str, scoring: ScoringConfig
 ) -> np.ndarray:
     """Mean states of the prompts [P D], centred: uncentred states of a language model
-    all point the same way. A prompt too long for the policy has none (zeros)."""
+    all point the same way. A prompt that the policy cannot take has none (zeros)."""
     pooling = open_pooling(policy, scoring)
     encoded, at = [], []
     for n, prompt in enumerate(prompts):
-        tokens = pooling.encoder.prompt(prompt.prompt)
+        try:
+            tokens = pooling.encoder.prompt(prompt.prompt, tools=prompt.tools)
+        except ValueError:
+            continue  # the template refuses it: set aside with this reason when scored
         if len(tokens) <= pooling.max_length:
             encoded.append(EncodedCompletion([], tokens))
             at.append(n)
@@ -127,7 +129,9 @@ def _sentence_embeddings(prompts: Sequence[SeamPrompt], model: str) -> np.ndarra
         raise ValueError(
             f"contrast.embedding {model}: cannot be loaded: {error}"
         ) from None
-    found = encoder.encode([prompt.key for prompt in prompts], show_progress_bar=True)
+    found = encoder.encode(
+        [as_text(prompt.prompt) for prompt in prompts], show_progress_bar=True
+    )
     return np.asarray(found, np.float32)
 
 
@@ -135,8 +139,8 @@ def by_perturbation(
     prompts: Sequence[SeamPrompt], config: PerturbConfig, seed: int
 ) -> Worse:
     """Random perturbations of the gold completions, see `curation.seam.perturb`."""
-    words = dict.fromkeys(w for p in prompts for w in re.findall(r"\S+", p.gold))
-    vocabulary = list(words)
+    words = [word for prompt in prompts for word in prompt.gold.split()]
+    others = perturb.changeable(words)
     made = []
     for n, prompt in enumerate(prompts):
         rng = np.random.default_rng([seed, n])
@@ -147,7 +151,7 @@ def by_perturbation(
                 kind,
                 config.count,
                 rng,
-                vocabulary=vocabulary,
+                others=others[kind],
                 share=config.share,
             ):
                 texts.setdefault(text, kind)
@@ -160,35 +164,47 @@ def by_attack(
     config: AttackConfig,
     reward: str,
     scoring: ScoringConfig,
-) -> Worse:
-    """Edits of the gold completions that the reward model likes, see `adversary`."""
+    start: int,
+) -> Iterator[Worse]:
+    """Edits of the gold completions that the reward model likes, PART prompts at a time
+    from prompt `start` on; see `adversary`."""
     adversary = open_adversary(reward, scoring, candidates=config.candidates)
-    made: Worse = []
     with progress.counting_bar("attack", len(prompts)) as advance:
-        for start in range(0, len(prompts), PART):
-            some = prompts[start : start + PART]
+        advance(start)
+        for first in range(start, len(prompts), PART):
+            some = prompts[first : first + PART]
             found = adversary.attack(
-                [p.prompt for p in some], [p.gold for p in some], config
+                [prompt.prompt for prompt in some],
+                [prompt.gold for prompt in some],
+                config,
+                [prompt.tools for prompt in some],
             )
-            made += [each.worse for each in found]
+            yield [each.worse for each in found]
             advance(len(some))
-    return made
 
 
 def given(prompts: Sequence[SeamPrompt], column: str) -> Worse:
-    """The worse completions of a column: texts, or objects with "text".
+    """The worse completions of a column: texts, or objects with "text". A row without
+    the column has none.
 
     Raises:
-        ValueError: a row has none, or something else; names file and line.
+        ValueError: no row has the column, or one has something else in it; names file
+            and line.
     """
+    if not any(column in prompt.row for prompt in prompts):
+        have = ", ".join(map(repr, list(prompts[0].row)[:12]))
+        raise RowError(
+            f"{prompts[0].where}: estimator given: expected a list of completions in "
+            f"column {column!r}; the row has {have}: name the right one with "
+            "worse_column"
+        )
     made: Worse = []
     for prompt in prompts:
-        values = prompt.row.get(column)
+        values = prompt.row.get(column) or []
         if not isinstance(values, list):
-            have = ", ".join(map(repr, list(prompt.row)[:12]))
             raise RowError(
-                f"{prompt.where}: estimator given: expected a list of completions in "
-                f"column {column!r}; the row has {have}"
+                f"{prompt.where}: {column}: expected a list of completions, got "
+                f"{values!r}"
             )
         made.append([_given(value, prompt, column) for value in values])
     return made

@@ -1,7 +1,6 @@
 """Worse completions written on request: by a local policy or an endpoint."""
 
 import dataclasses
-import json
 import pathlib
 from collections.abc import Sequence
 
@@ -35,14 +34,20 @@ class WriterConfig:
     """Longest completion of a local policy; of an endpoint it is chat.max_tokens."""
     batch_size: int = 16
     """Prompts that a local policy continues together."""
+    max_failed: float = 0.0
+    """Share of an endpoint's questions that may fail; the others are kept either way,
+    so that the same command asks only these again."""
     instruction: str = INSTRUCTION
     """What the writer is asked; {prompt} is the prompt."""
 
     def __post_init__(self) -> None:
         if "{prompt}" not in self.instruction:
             raise ValueError("writer.instruction: expected {prompt} in it")
-        if self.count < 1:
-            raise ValueError(f"writer.count: expected at least 1, got {self.count}")
+        if self.count < 1 or not 0 <= self.max_failed < 1:
+            raise ValueError(
+                f"writer.count {self.count}, writer.max_failed {self.max_failed}: "
+                "expected at least 1, and a share in [0, 1)"
+            )
         if self.model is not None and self.chat.base_url is not None:
             raise ValueError("writer: expected model or chat.base_url, not both")
 
@@ -52,11 +57,11 @@ def by_generation(
 ) -> Worse:
     """Completions that a model was asked to make worse.
 
-    A prompt that a local writer cannot take, or whose replies all failed, has none;
-    failed replies are counted and shown.
+    A prompt that a local writer cannot take has none. Texts that were cut off are left
+    out, counted and shown: half a completion is not what the models would judge.
 
     Raises:
-        ValueError: no writer, or one that cannot be asked at all.
+        ValueError: an endpoint that cannot be asked, or of which too much failed.
     """
     if config.chat.base_url is not None:
         return _written_by_endpoint(prompts, config)
@@ -64,8 +69,8 @@ def by_generation(
     scored_rows.write_whole(
         asked,
         (
-            {"prompt": _instruct(prompt, config), "index": prompt.index}
-            for prompt in prompts
+            {"prompt": _instruct(prompt, config), "index": n}
+            for n, prompt in enumerate(prompts)
         ),
     )
     generate.run(
@@ -84,10 +89,17 @@ def by_generation(
         )
     )
     made: list[dict[str, None]] = [{} for _ in prompts]
-    for line in raw.read_text(encoding="utf-8").splitlines():
-        row = json.loads(line)
-        if text := row["completion"].strip():
+    cut = 0
+    for row in scored_rows.read_jsonl(raw):
+        if not row["stopped"]:
+            cut += 1
+        elif text := row["completion"].strip():
             made[row["index"]].setdefault(text)
+    if cut:
+        training.say(
+            f"generate: {cut:,} completions were cut off at writer.max_new_tokens "
+            f"{config.max_new_tokens} and are left out"
+        )
     return _not_gold(prompts, made, pathlib.PurePath(str(config.model)).name)
 
 
@@ -107,10 +119,14 @@ def _written_by_endpoint(prompts: Sequence[SeamPrompt], config: WriterConfig) ->
         with progress.counting_bar("generate", len(questions)) as advance:
             replies = chat.ask(questions, advance)
     failed = [reply.error for reply in replies if reply.error is not None]
-    if len(failed) == len(replies):
-        raise ValueError(f"generate: every question failed; the first: {failed[0]}")
     if failed:
-        training.say(f"generate: {len(failed):,} questions failed; {failed[0]}")
+        said = f"generate: {len(failed):,} of {len(replies):,} questions failed"
+        if len(failed) > config.max_failed * len(replies):
+            raise ValueError(
+                f"{said}, the first: {failed[0]}; the other replies are kept: run "
+                "again to ask these once more, or accept them with writer.max_failed"
+            )
+        training.say(f"{said}, the first: {failed[0]}")
     made: list[dict[str, None]] = [{} for _ in prompts]
     for number, reply in enumerate(replies):
         if reply.text.strip():

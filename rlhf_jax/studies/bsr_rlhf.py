@@ -10,7 +10,6 @@ Source: Hong et al. 2025, arXiv:2505.07271, section 5 and figure 5.
 """
 
 import dataclasses
-import json
 import pathlib
 from typing import Any
 
@@ -18,16 +17,16 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from rlhf_jax.programs import generate, reward, rloo, sft
+from rlhf_jax.programs import reward, rloo, sft
 from rlhf_jax.programs.reinforcement import RLLoopConfig
-from rlhf_jax.sampling.generate import SamplingConfig
+from rlhf_jax.programs.scored_rows import read_jsonl
 from rlhf_jax.studies.quickstart import (
-    GOLD,
     QuickstartConfig,
     reward_config,
     rloo_config,
     sft_config,
 )
+from rlhf_jax.studies.samples import sample
 from rlhf_jax.studies.seeds import by_seed, once, read, study_dir
 from rlhf_jax.studies.statistics import interval, paired
 
@@ -121,23 +120,8 @@ def _rloo(
 
 def _completions(policy: pathlib.Path) -> list[float]:
     """Gold rewards of one sampled completion for each judging prompt."""
-    out = policy / "judged.jsonl"
-    if not out.exists():
-        partial = out.with_suffix(".partial")
-        generate.run(
-            generate.GenerateConfig(
-                model=str(policy),
-                data=[PROMPTS],
-                out=str(partial),
-                overwrite=True,
-                gold=GOLD,
-                batch_size=128,
-                sampling=SamplingConfig(max_new_tokens=48),
-            )
-        )
-        partial.rename(out)
-    lines = out.read_text(encoding="utf-8").rstrip("\n").split("\n")
-    return [float(json.loads(line)["gold"]) for line in lines]
+    rows = read_jsonl(sample(policy, policy / "judged.jsonl", PROMPTS))
+    return [float(row["gold"]) for row in rows]
 
 
 def summarise(rows: list[dict[str, Any]]) -> dict[str, float]:

@@ -15,7 +15,6 @@ arXiv:2405.00438.
 import dataclasses
 import functools
 import itertools
-import json
 import pathlib
 from typing import Any
 
@@ -36,16 +35,16 @@ from rlhf_jax.data.iterate import Batches
 from rlhf_jax.data.kwise import KwiseDataset
 from rlhf_jax.data.prepare import prepare_kwise
 from rlhf_jax.data.store import PairDataset
-from rlhf_jax.programs import generate, reward, rloo
+from rlhf_jax.programs import reward, rloo
 from rlhf_jax.programs.reinforcement import RLLoopConfig
-from rlhf_jax.sampling.generate import SamplingConfig
+from rlhf_jax.programs.scored_rows import read_jsonl
 from rlhf_jax.studies import world as worlds
 from rlhf_jax.studies.quickstart import (
-    GOLD,
     QuickstartConfig,
     reward_config,
     rloo_config,
 )
+from rlhf_jax.studies.samples import sample
 from rlhf_jax.studies.seeds import by_seed, once, study_dir
 from rlhf_jax.studies.statistics import interval, paired
 from rlhf_jax.types import MetaBatch
@@ -142,28 +141,14 @@ def _completions(
         ),
     )
     policy = once(rloo.run, free)
-    partial = out.with_suffix(".partial")
-    generate.run(
-        generate.GenerateConfig(
-            model=str(policy),
-            data=[f"testbed:{prompts}?size={size}&seed=7"],
-            out=str(partial),
-            overwrite=True,
-            grouped=True,
-            gold=GOLD,
-            batch_size=64,
-            sampling=SamplingConfig(num_samples=samples, max_new_tokens=48),
-        )
-    )
-    partial.rename(out)
-    return out
+    source = f"testbed:{prompts}?size={size}&seed=7"
+    return sample(policy, out, source, samples=samples)
 
 
 def _gold_pairs(path: pathlib.Path, count: int) -> list[dict[str, Any]]:
     """Pairs of one prompt's completions whose gold rewards differ by 0.05 or more."""
     pairs = []
-    for line in path.read_text(encoding="utf-8").rstrip("\n").split("\n"):
-        row = json.loads(line)
+    for row in read_jsonl(path):
         for a, b in itertools.combinations(row["responses"], 2):
             better, worse = (a, b) if a["score"] > b["score"] else (b, a)
             if better["score"] - worse["score"] >= 0.05:

@@ -15,7 +15,6 @@ arXiv:2405.00438.
 
 import dataclasses
 import functools
-import json
 import pathlib
 from typing import Any
 
@@ -24,11 +23,9 @@ from rich.console import Console
 from rich.table import Table
 
 from rlhf_jax import config as configs
-from rlhf_jax.evals.ranking import evaluate_ranking
 from rlhf_jax.io.run_dir import write_atomic
-from rlhf_jax.programs import generate, meta_reward, meta_rounds, reward, rloo, sft
+from rlhf_jax.programs import meta_reward, meta_rounds, reward, rloo, sft
 from rlhf_jax.programs.reinforcement import RLLoopConfig
-from rlhf_jax.programs.scorer import ScoringConfig, open_scorer
 from rlhf_jax.sampling.generate import SamplingConfig
 from rlhf_jax.studies.quickstart import (
     GOLD,
@@ -37,6 +34,7 @@ from rlhf_jax.studies.quickstart import (
     rloo_config,
     sft_config,
 )
+from rlhf_jax.studies.samples import agreement, sample
 from rlhf_jax.studies.seeds import by_seed, once, read, study_dir
 from rlhf_jax.studies.statistics import interval, paired
 
@@ -119,12 +117,13 @@ def _at_noise(
     for number, folder in zip(numbers, plain):
         _plain_round(base, driver, folder, number)
     arms = {"BT": plain, "MetaRM": [driver.folder(number) for number in numbers]}
-    samples = []
+    # Other prompts than those of any meta set.
+    held_out, samples = f"testbed:rl_val?size={JUDGED}&seed={200 + seed}", []
     for folders in arms.values():
         policies = [root / "sft", *(folder / "rloo" for folder in folders[:-1])]
         samples.append(
             [
-                _sampled(policy, folder / "held-out.jsonl", seed)
+                sample(policy, folder / "held-out.jsonl", held_out, samples=4)
                 for folder, policy in zip(folders, policies, strict=True)
             ]
         )
@@ -133,7 +132,7 @@ def _at_noise(
             "gold": [_gold(folders[0])[0], *(_gold(folder)[-1] for folder in folders)],
             "kl": [_kl(folder) for folder in folders],
             "agreement": [
-                _agreement(str(folder / "reward"), judged)
+                agreement(str(folder / "reward"), judged)
                 for folder, *judged in zip(folders, *samples, strict=True)
             ],
         }
@@ -227,44 +226,6 @@ def _gold(folder: pathlib.Path) -> list[float]:
 def _kl(folder: pathlib.Path) -> float:
     found = [row["policy/kl"] for row in read(folder / "rloo") if "policy/kl" in row]
     return float(np.mean(found[-LAST_STEPS:]))
-
-
-def _sampled(policy: pathlib.Path, out: pathlib.Path, seed: int) -> pathlib.Path:
-    """Completions of held-out prompts, other ones than those of any meta set."""
-    if not out.exists():
-        partial = out.with_suffix(".partial")
-        generate.run(
-            generate.GenerateConfig(
-                model=str(policy),
-                data=[f"testbed:rl_val?size={JUDGED}&seed={200 + seed}"],
-                out=str(partial),
-                overwrite=True,
-                grouped=True,
-                gold=GOLD,
-                batch_size=64,
-                sampling=SamplingConfig(num_samples=4, max_new_tokens=48),
-            )
-        )
-        partial.rename(out)
-    return out
-
-
-def _agreement(model: str, paths: list[pathlib.Path]) -> float:
-    """Share of the pairs of completions that a reward model orders as gold does."""
-    rows = []
-    for path in paths:
-        lines = path.read_text(encoding="utf-8").rstrip("\n").split("\n")
-        rows += [json.loads(line) for line in lines]
-    scorer = open_scorer(model, ScoringConfig())
-    encoded = [
-        scorer.encoder.encode(row["prompt"], response["text"])
-        for row in rows
-        for response in row["responses"]
-    ]
-    ends = np.cumsum([len(row["responses"]) for row in rows])
-    rewards = np.split(scorer.rewards(encoded), ends[:-1].tolist())
-    gold = [np.array([r["score"] for r in row["responses"]]) for row in rows]
-    return evaluate_ranking(rewards, gold, samples=2).get("accuracy", float("nan"))
 
 
 def _table(found: list[dict[str, Any]], title: str) -> Table:

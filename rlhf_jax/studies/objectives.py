@@ -24,6 +24,7 @@ from rlhf_jax.data.rows import kwise_row
 from rlhf_jax.io.run_dir import write_atomic
 from rlhf_jax.models.config import ComputeConfig
 from rlhf_jax.programs import evaluate, reward
+from rlhf_jax.programs.scored_rows import read_jsonl
 from rlhf_jax.programs.scorer import ScoringConfig
 from rlhf_jax.programs.supervised import LoopConfig
 from rlhf_jax.sharding import MeshConfig
@@ -136,8 +137,7 @@ def _scores(
 
 def _judge(files: list[pathlib.Path]) -> dict[str, list[float | None]]:
     """One set under the models of one objective, a file of scored rows each."""
-    lines = [file.read_text(encoding="utf-8").splitlines() for file in files]
-    scored = [[json.loads(line) for line in each] for each in lines]
+    scored = [read_jsonl(file) for file in files]
     rewards = [
         np.stack([row["rewards"] for row in rows], axis=1)
         for rows in zip(*scored, strict=True)

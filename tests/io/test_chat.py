@@ -86,6 +86,23 @@ def test_too_many_requests_and_server_errors_are_tried_again(client):
         ([(200, {"other": 1})], "malformed reply"),
         ([(200, {"choices": [{"message": {"content": " "}}]})], "malformed reply: no"),
         ([(200, b"<html>")], "malformed reply"),
+        ([(403, {"error": {"message": "moderated"}})], "moderated"),
+        (
+            [
+                (
+                    200,
+                    {
+                        "choices": [
+                            {
+                                "message": {"content": "half a"},
+                                "finish_reason": "length",
+                            }
+                        ]
+                    },
+                )
+            ],
+            "cut off at max_tokens",
+        ),
     ],
 )
 def test_a_failure_is_a_reply_with_its_reason_and_is_not_cached(
@@ -100,7 +117,7 @@ def test_a_failure_is_a_reply_with_its_reason_and_is_not_cached(
 
 def test_a_reply_that_does_not_come_in_time_is_given_up(client):
     chat, _ = client([(200, 3.0)], timeout_s=0.2, retries=0)
-    assert "no reply within 0.2 s" in chat.ask(ask("a"))[0].error
+    assert "no reply within 1 times 0.2 s" in chat.ask(ask("a"))[0].error
 
 
 def test_the_rate_limit_spaces_the_questions(client):
@@ -110,11 +127,20 @@ def test_the_rate_limit_spaces_the_questions(client):
     assert times[-1] - times[0] >= 0.25
 
 
-@pytest.mark.parametrize("status", [401, 403, 404])
+@pytest.mark.parametrize("status", [401, 404])
 def test_a_refused_key_or_model_ends_the_run_at_once(client, status):
     chat, _ = client([(status, {"error": {"message": "no"}})] * 50)
     with pytest.raises(ValueError, match=r"chat: http://127.0.0.1:\d+/v1, model m"):
         chat.ask(ask("a", "b"))
+
+
+def test_nothing_is_asked_above_the_price_that_was_set(client):
+    chat, server = client(price_out=1e6, max_tokens=10, max_price=15.0)
+    chat.ask(ask("a"))
+    with pytest.raises(ValueError, match=r"may cost 20.00, and max_price is 15"):
+        chat.ask(ask("b", "c"))
+    chat.ask(ask("a", "b"))  # one of them is there already
+    assert len(server.requests) == 2
 
 
 def test_settings_that_cannot_be_are_said(monkeypatch):

@@ -76,6 +76,20 @@ def test_a_judge_that_takes_the_first_is_found_out(data, tmp_path, endpoint):
     assert all(row["verdicts"] == [1.0, 0.0] for row in rows)
 
 
+def test_a_small_bias_is_not_hidden_by_the_interval_of_a_coin(tmp_path, endpoint):
+    rows = [{"prompt": f"p{n}", "chosen": "long answer", "rejected": "b"} for n in
+            range(60)]  # fmt: skip
+    path = tmp_path / "many.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def reply(text):
+        return "A" if "0\n\nAnswer A" in text else longer(text)
+
+    result, _ = judged(str(path), tmp_path, chat=endpoint(reply))
+    value, low, high = result["first"]
+    assert value == pytest.approx(0.55) and 0.5 < low < value < high < 0.6
+
+
 def test_a_reward_judges_each_completion_alone(data, tmp_path):
     result, rows = judged(data, tmp_path, reward=f"{__name__}:shortness")
     assert result["agreement"][0] == 0.0 and "consistency" not in result
@@ -91,7 +105,7 @@ def test_pairs_without_a_verdict_are_set_aside_with_the_reply(data, tmp_path, en
         return "I cannot say which." if "\np3\n" in text else longer(text)
 
     result, rows = judged(data, tmp_path, chat=endpoint(reply))
-    assert (result["pairs"], result["set_aside"]) == (11, 1)
+    assert (result["pairs"], result["set_aside"]) == (11, {"no verdict": 1})
     (line,) = (tmp_path / "out" / "set_aside.jsonl").read_text().splitlines()
     assert json.loads(line)["reason"] == "no verdict"
     assert "cannot say" in json.loads(line)["detail"]
@@ -106,6 +120,9 @@ def test_pairs_without_a_verdict_are_set_aside_with_the_reply(data, tmp_path, en
         ("First this.\n\n**TIE**", 0.5),
         ("A is better than B.\nAnswer: B", 0.0),
         ("Answer A.\n", 1.0),
+        ("Verdict: A", 1.0),
+        ("**Final answer: B**", 0.0),
+        ("The better answer is B.", 0.0),
         ("A is better than B.", None),
         ("", None),
         ("A or B", None),
@@ -167,14 +184,33 @@ def test_a_writer_gives_each_prompt_its_different_texts(tmp_path, endpoint):
 
 def test_a_writer_that_only_fails_is_an_error(tmp_path, endpoint):
     config = WriterConfig(chat=endpoint(lambda text: " "), count=1)
-    with pytest.raises(ValueError, match="every question failed; the first: malformed"):
+    with pytest.raises(ValueError, match="4 of 4 questions failed, the first: malfor"):
         writer.by_generation(prompts_of(tmp_path), config, tmp_path, seed=0)
+
+
+def test_failed_questions_are_asked_again_or_accepted(tmp_path, endpoint):
+    fails = {"p1"}
+
+    def reply(text):
+        number = text.strip()[-2:]
+        return " " if number in fails else f"worse {number}"
+
+    chat, prompts = endpoint(reply), prompts_of(tmp_path)
+    config = WriterConfig(chat=chat, count=1)
+    with pytest.raises(ValueError, match="1 of 4 questions failed.*run again"):
+        writer.by_generation(prompts, config, tmp_path, seed=0)
+    accepted = WriterConfig(chat=chat, count=1, max_failed=0.3)
+    made = writer.by_generation(prompts, accepted, tmp_path, seed=0)
+    assert [len(texts) for texts in made] == [1, 0, 1, 1]
+    fails.clear()
+    made = writer.by_generation(prompts, config, tmp_path, seed=0)
+    assert [texts[0]["text"] for texts in made] == [f"worse p{n}" for n in range(4)]
 
 
 def test_a_local_writer_continues_the_instruction(tmp_path):
     config = WriterConfig(model="testbed", count=3, max_new_tokens=6, batch_size=4)
     made = writer.by_generation(prompts_of(tmp_path), config, tmp_path, seed=0)
-    assert len(made) == 4 and any(made)
+    assert len(made) == 4  # an untrained policy ends few of its completions
     for texts in made:
         assert len({each["text"] for each in texts}) == len(texts) <= 3
         assert all(each["source"] == "testbed" for each in texts)

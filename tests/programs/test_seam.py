@@ -131,7 +131,8 @@ def test_a_stopped_run_goes_on_and_gives_the_same_lines(tmp_path, monkeypatch, b
         run(tmp_path)
     # Lines that were being written when the machine went away.
     path = tmp_path / "run" / "scores-given.jsonl"
-    path.write_text(path.read_text() + json.dumps(base[0][4]) + '\n{"schema": 1, "prom')
+    torn = json.dumps(base[0][4]) + '\n{"schema": 1, "prompt": "é'
+    path.write_bytes(path.read_bytes() + torn.encode()[:-1])
     again, _, _ = run(tmp_path)
     assert again == base[0] and len(calls) == 2 + 2  # one part of three was there
 
@@ -162,9 +163,10 @@ def test_every_row_is_scored_or_set_aside_with_its_reason(tmp_path):
         {**good[2], "worse": [" ", "Answer: cat."]},
         {"prompt": None, "gold_completion": "x"},
         {**good[2], "worse": ["word " * 2000]},
+        {**good[2], "worse": [good[2]["gold_completion"] + " "]},
     ]
     path = write(tmp_path, data)
-    lines, left_out, _ = run(
+    lines, left_out, root = run(
         tmp_path,
         path,
         reward=f"-1*{__name__}:by_length",
@@ -182,15 +184,35 @@ def test_every_row_is_scored_or_set_aside_with_its_reason(tmp_path):
         "7": "given: gold completion cannot be scored",
         "8": "given: no worse completion",
         "10": "empty",
+        "12": "given: no worse completion can be scored",
         "11": "given: no worse completion can be scored",
     }
-    assert lines[-1]["refused"] == [
-        {"text": " ", "source": "worse", "reason": "empty: "}
-    ]
+    assert lines[-1]["refused"] == [{"text": " ", "source": "worse", "reason": "empty"}]
+    rows = read(root / "prompts.jsonl")
+    assert [n for n, row in enumerate(data) if row in rows] == [*range(9), 10, 11]
+    assert all(rows[line["index"]]["prompt"] == line["prompt"] for line in lines)
 
 
 def by_length(prompts, completions):
     return [float(len(text)) for text in completions]
+
+
+def test_texts_with_odd_line_ends_survive_and_pairs_serve_as_data(tmp_path):
+    """U+2028 and U+0085 end lines for str.splitlines, not for JSON lines."""
+    rows = [
+        {
+            "prompt": f"p{n}\u2028\x85",
+            "chosen": [{"role": "assistant", "content": f"g{n}\u2028"}],
+            "rejected": [{"role": "assistant", "content": "other"}],
+            "worse": ["a\u2028b", "c\x85d"],
+        }
+        for n in range(3)
+    ]
+    config = {"gold_column": "chosen", "reward": f"{__name__}:by_length"}
+    lines, left_out, root = run(tmp_path, write(tmp_path, rows), **config)
+    assert [line["gold"] for line in lines] == ["g0\u2028", "g1\u2028", "g2\u2028"]
+    assert not left_out and lines[0]["worse"][1]["text"] == "c\x85d"
+    assert len(seam.read_scores(str(root / "seam.jsonl"))) == 3
 
 
 def test_neighbours_are_other_prompts_and_their_gold_completions(tmp_path):
@@ -282,6 +304,7 @@ def test_runs_are_compared_by_prompt(tmp_path, base):
         ({"estimators": ["given", "given"]}, "each once"),
         ({"estimators": ["attack"]}, "reward -1.* is none"),
         ({"estimators": ["attack"], "reward": "-1*model"}, "weight above 0"),
+        ({"estimators": ["attack"], "reward": "ensemble:d"}, "of one reward model"),
     ],
 )
 def test_settings_that_cannot_be_are_refused(change, message):
@@ -295,8 +318,13 @@ def test_what_cannot_be_read_is_said(tmp_path):
         run(tmp_path, write(tmp_path, [{"prompt": "x"}]))
     with pytest.raises(ValueError, match="expected a list of completions in column"):
         run(tmp_path, "testbed:rl?size=2", name="no-worse")
+    odd = write(tmp_path, [{"prompt": "p", "gold_completion": "g", "worse": "text"}])
+    with pytest.raises(ValueError, match="worse: expected a list of completions, got"):
+        run(tmp_path, odd, name="odd")
     with pytest.raises(ValueError, match="expected a line of a seam.jsonl"):
         seam.read_scores(write(tmp_path, [{"prompt": "x"}], "bad.jsonl"))
+    with pytest.raises(ValueError, match="no prompt has a score; set_aside.jsonl"):
+        seam.read_scores(write(tmp_path, [], "empty.jsonl"))
     with pytest.raises(ValueError, match=r"cannot be read"):
         seam.read_scores(str(tmp_path / "nowhere.jsonl"))
     with pytest.raises(ValueError, match="follows the gradient of one reward model"):

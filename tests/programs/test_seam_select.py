@@ -131,7 +131,10 @@ def test_each_round_scores_and_goes_on_from_the_policy_of_the_last():
     config = SeamRoundsConfig(**ANY, seed=5)
     assert config.seam_of(1).policy == config.rl_of(1).model == "sft"
     assert config.seam_of(2).policy == config.rl_of(2).model == "rounds/round-1/rloo"
-    assert config.rl_of(2).reference == "sft" and config.rl_of(2).seed == 7
+    assert (
+        config.rl_of(2).reference == "sft"
+        and config.rl_of(2).seed == config.seed_of(2) == 5002
+    )
     assert config.rl_of(2).data == ["rounds/round-2/prompts/seam-0.2.jsonl"]
     control = SeamRoundsConfig(**ANY, random=True, drop=0.4)
     assert control.rl_of(1).data == ["rounds/round-1/prompts/random-0.4.jsonl"]

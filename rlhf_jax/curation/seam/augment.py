@@ -51,25 +51,22 @@ def random_control(
         seed: of the draw.
     """
     rng = np.random.default_rng(seed)
-    _, wanted = augment(lines, indices, pairs=pairs)
+    wanted = [len(augment(lines, [n], pairs=pairs)[1]) for n in indices]
     order = rng.permutation(len(lines))
     sft = [_sft(lines[n]) for n in order[: len(indices)]]
-    each_prompt = [
-        [
-            _pair(lines[n], lines[n]["worse"][k])
-            for k in rng.permutation(len(lines[n]["worse"]))
-        ]
-        for n in order
-    ]
-    # First of the very prompts of the SFT rows, then, if they do not do, of others.
+    # The i-th random prompt has as many pairs as the i-th chosen one: as many prompts
+    # share as many pairs. What a prompt cannot give the next ones do.
     preferences: list[Row] = []
-    for made in each_prompt:
-        preferences += made[: min(pairs, len(wanted) - len(preferences))]
+    for place, n in enumerate(order):
+        owed = sum(wanted[: place + 1]) - len(preferences)
+        worse = lines[n]["worse"]
+        drawn = rng.permutation(len(worse))[: min(owed, pairs)]
+        preferences += [_pair(lines[n], worse[k]) for k in drawn]
     return sft, preferences
 
 
 def _sft(line: Line) -> Row:
-    return {"prompt": line["prompt"], "completion": line["gold"]}
+    return {"prompt": line["prompt"], "completion": line["gold"], **_tools(line)}
 
 
 def _pair(line: Line, worse: Mapping[str, Any]) -> Row:
@@ -78,4 +75,9 @@ def _pair(line: Line, worse: Mapping[str, Any]) -> Row:
         "chosen": line["gold"],
         "rejected": worse["text"],
         "source": worse["source"],
+        **_tools(line),
     }
+
+
+def _tools(line: Line) -> Row:
+    return {"tools": line["tools"]} if line.get("tools") else {}

@@ -27,7 +27,7 @@ def neighbours(
     """For each prompt the indices of its nearest others, the most similar first.
 
     Args:
-        embeddings: [P D], of any length; a row of zeros is like nothing.
+        embeddings: [P D], of any length; a row of zeros has no neighbours and is none.
         keys: [P], what makes two prompts the same: itself and its duplicates are no
             neighbours, and of several equal neighbours the first stands for all.
         count: most neighbours of a prompt; fewer where no more qualify.
@@ -42,10 +42,13 @@ def neighbours(
         raise ValueError(f"count: expected at least 1, got {count}")
     first: dict[Hashable, int] = {}
     same = np.array([first.setdefault(key, n) for n, key in enumerate(keys)], np.int64)
-    distinct = np.unique(same)
-    index = _index(unit[distinct])
+    some = unit.any(axis=1)
+    distinct = np.unique(same[some])
     found: list[np.ndarray] = [np.zeros(0, np.int64)] * len(keys)
-    waiting, asked = np.arange(len(keys)), min(count + ROOM, len(distinct))
+    if not len(distinct):
+        return found
+    index = _index(unit[distinct])
+    waiting, asked = np.flatnonzero(some), min(count + ROOM, len(distinct))
     while len(waiting):
         similarity, nearest = index.search(unit[waiting], asked)
         nearest = distinct[nearest]

@@ -2,7 +2,7 @@
 
     characters   letters swapped, dropped, doubled, replaced
     words        words dropped, doubled, replaced by or joined with other words
-    names        capitalised words replaced by other capitalised words
+    names        capitalised words, the first of a sentence too, replaced by others
     numbers      numbers replaced by numbers near them
 
 Each perturbation changes `share` of the words that it can change, at least one; a text
@@ -37,7 +37,7 @@ def perturb(
     count: int,
     rng: np.random.Generator,
     *,
-    vocabulary: Sequence[str] = (),
+    others: Sequence[str] = (),
     share: float = 0.3,
 ) -> list[str]:
     """Up to `count` distinct perturbed texts.
@@ -47,7 +47,8 @@ def perturb(
         kind: one of KINDS.
         count: how many are wanted; fewer come where the text allows no more.
         rng: decides everything.
-        vocabulary: words of other completions, for replacements.
+        others: words of other completions that the kind can change, for replacements;
+            see `changeable`.
         share: of the words that can be changed.
 
     Raises:
@@ -58,9 +59,9 @@ def perturb(
     if not 0 < share <= 1:
         raise ValueError(f"share: expected a number in (0, 1], got {share}")
     can_change, change = KINDS[kind]
+    text = text.strip()
     parts = re.split(r"(\s+)", text)
     places = [n for n, part in enumerate(parts) if can_change(part)]
-    others = [word for word in vocabulary if can_change(word)]
     number = max(1, round(share * len(places)))
     found: dict[str, None] = {}
     for _ in range(_ATTEMPTS * count if places else 0):
@@ -75,6 +76,15 @@ def perturb(
     return list(found)
 
 
+def changeable(words: Sequence[str]) -> dict[str, list[str]]:
+    """The different words that each kind can change."""
+    different = dict.fromkeys(words)
+    return {
+        name: [word for word in different if kind.can_change(word)]
+        for name, kind in KINDS.items()
+    }
+
+
 def _joined(parts: list[str]) -> str:
     """The text; a dropped word takes the white space before it along."""
     kept = list(parts)
@@ -84,7 +94,7 @@ def _joined(parts: list[str]) -> str:
     return "".join(kept).strip()
 
 
-def _letters(word: str, rng: np.random.Generator, others: list[str]) -> str:
+def _letters(word: str, rng: np.random.Generator, others: Sequence[str]) -> str:
     at = int(rng.integers(len(word) - 1))
     letter = chr(ord("a") + int(rng.integers(26)))
     changes = (
@@ -96,20 +106,23 @@ def _letters(word: str, rng: np.random.Generator, others: list[str]) -> str:
     return changes[rng.integers(len(changes))]
 
 
-def _words(word: str, rng: np.random.Generator, others: list[str]) -> str:
+def _words(word: str, rng: np.random.Generator, others: Sequence[str]) -> str:
     changes = ["", f"{word} {word}"]
     if others:
-        other = others[rng.integers(len(others))]
+        other = others[int(rng.integers(len(others)))]
         changes += [other, f"{other} {word}"]
     return changes[rng.integers(len(changes))]
 
 
-def _another(word: str, rng: np.random.Generator, others: list[str]) -> str:
-    different = [other for other in others if other != word]
-    return different[rng.integers(len(different))] if different else word
+def _another(word: str, rng: np.random.Generator, others: Sequence[str]) -> str:
+    for _ in range(_ATTEMPTS if others else 0):
+        other = others[int(rng.integers(len(others)))]
+        if other != word:
+            return other
+    return word
 
 
-def _numbers(word: str, rng: np.random.Generator, others: list[str]) -> str:
+def _numbers(word: str, rng: np.random.Generator, others: Sequence[str]) -> str:
     def near(match: re.Match) -> str:
         whole, point, digits = match.group().partition(".")
         step = int(rng.integers(1, 10)) * (1 if rng.random() < 0.5 else -1)
@@ -132,7 +145,7 @@ class Kind(NamedTuple):
 
     can_change: Callable[[str], bool]
     """Whether it can change this word."""
-    change: Callable[[str, np.random.Generator, list[str]], str]
+    change: Callable[[str, np.random.Generator, Sequence[str]], str]
     """(word, rng, other words that it can change) -> what stands instead."""
 
 

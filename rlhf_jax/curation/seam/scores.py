@@ -29,6 +29,12 @@ import numpy as np
 import scipy.special
 import scipy.stats
 
+_CHOICES = {
+    "length": ("mean", "gnmt", "none"),
+    "misjudgement": ("hard", "soft"),
+    "reduce": ("mean", "sum"),
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class SeamFormula:
@@ -44,6 +50,12 @@ class SeamFormula:
     """Over the worse completions of a prompt."""
 
     def __post_init__(self) -> None:
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(
+                    f"formula.{name} {getattr(self, name)!r}: expected one of "
+                    f"{', '.join(choices)}"
+                )
         if not 0 <= self.alpha < float("inf"):
             raise ValueError(
                 f"formula.alpha: expected a finite number of at least 0, got "
@@ -177,12 +189,15 @@ def jaccard(first: np.ndarray, second: np.ndarray, total: int) -> tuple[float, f
     return len(a & b) / len(a | b), float(expected)
 
 
+_TIE_BREAKS = 20
+
+
 class Overlap(NamedTuple):
     """How alike two scores of the same prompts are."""
 
     prompts: int
     jaccard: float
-    """Of the prompts with the lowest scores."""
+    """Of the prompts with the lowest scores; the mean over random orders of ties."""
     chance: float
     """What random sets of these sizes would have."""
     spearman: float
@@ -197,8 +212,17 @@ def overlap(first: np.ndarray, second: np.ndarray, fraction: float = 0.2) -> Ove
         second: [P].
         fraction: of the prompts that count as lowest.
     """
-    low = [lowest(score, fraction) for score in (first, second)]
-    found, chance = jaccard(*low, total=len(first))
+    # Ties are broken independently in both: a common order of the many prompts without
+    # a misjudgement would make their overlap out of nothing.
+    draws = [
+        jaccard(
+            lowest(first, fraction, seed=2 * n),
+            lowest(second, fraction, seed=2 * n + 1),
+            total=len(first),
+        )
+        for n in range(_TIE_BREAKS)
+    ]
+    found, chance = np.mean(draws, axis=0).tolist()
     ranked = [ranks(score) for score in (first, second)]
     constant = any(len(set(each.tolist())) < 2 for each in ranked)
     result: Any = None if constant else scipy.stats.pearsonr(*ranked)

@@ -36,7 +36,7 @@ def test_pairs_prefer_gold_to_the_likeliest_misjudged_completions():
 
 
 def test_the_control_has_as_many_rows_of_random_prompts():
-    chosen = [3, 7, 11, 15]
+    chosen = [3, 6, 11, 13]
     sft, pairs = augment(LINES, chosen, pairs=3)
     seen = set()
     for seed in range(30):
@@ -45,6 +45,7 @@ def test_the_control_has_as_many_rows_of_random_prompts():
         assert len({row["prompt"] for row in random_sft}) == len(random_sft)
         texts = [(row["prompt"], row["rejected"]) for row in random_pairs]
         assert len(set(texts)) == len(texts)
+        assert len({row["prompt"] for row in random_pairs}) == len(chosen)
         for row in random_pairs:
             assert row["chosen"] == "g" + row["prompt"][1:]
             assert row["rejected"].startswith("w" + row["prompt"][1:] + ".")

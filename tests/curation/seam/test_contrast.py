@@ -51,6 +51,16 @@ def test_neighbours_do_not_depend_on_the_order_of_the_prompts():
         assert order[near].tolist() == found[place].tolist()
 
 
+def test_a_row_of_zeros_has_no_neighbours_and_is_none():
+    rng = np.random.default_rng(0)
+    embeddings = rng.normal(size=(40, 6))
+    embeddings[3] = 0.0
+    found = neighbours(embeddings, list(range(40)), count=39, max_similarity=2.0)
+    assert not len(found[3]) and not any(3 in near for near in found)
+    assert all(len(near) == 38 for n, near in enumerate(found) if n != 3)
+    assert not any(map(len, neighbours(np.zeros((2, 3)), ["a", "b"])))
+
+
 def test_nothing_near_enough_and_a_single_prompt_give_no_neighbour():
     assert neighbours(np.eye(1), ["a"])[0].tolist() == []
     same = neighbours(np.ones((2, 2)), ["a", "b"], max_similarity=0.9)

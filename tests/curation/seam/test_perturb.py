@@ -5,7 +5,7 @@ import re
 import numpy as np
 import pytest
 
-from rlhf_jax.curation.seam.perturb import KINDS, STOP_WORDS, perturb
+from rlhf_jax.curation.seam.perturb import KINDS, STOP_WORDS, changeable, perturb
 
 TEXT = "In 1969 Neil Armstrong walked on the Moon for 2.5 hours, said Houston."
 WORDS = ["London", "quickly", "Paris", "red", "Buzz", "7"]
@@ -13,7 +13,8 @@ WORDS = ["London", "quickly", "Paris", "red", "Buzz", "7"]
 
 def of(kind, count=20, text=TEXT, seed=0, **options):
     rng = np.random.default_rng(seed)
-    return perturb(text, kind, count, rng, vocabulary=WORDS, **options)
+    others = changeable(WORDS).get(kind, [])
+    return perturb(text, kind, count, rng, others=others, **options)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -54,6 +55,12 @@ def test_names_come_from_names_and_numbers_stay_near():
 def test_words_change_their_number_by_one_at_a_time():
     for text in of("words", text="red green blue", share=0.3):
         assert abs(len(text.split()) - 3) <= 1 and "  " not in text
+
+
+def test_white_space_around_a_text_does_not_bring_the_text_back():
+    for kind in ("names", "numbers", "characters"):
+        found = of(kind, text=" Paris has 12 \n", count=50)
+        assert found and "Paris has 12" not in found
 
 
 def test_a_text_that_a_kind_cannot_change_gives_none():

@@ -104,6 +104,19 @@ def test_jaccard_of_random_sets_is_its_chance():
     assert scores.jaccard(same, same + 5, 50)[0] == 0.0
 
 
+def test_overlap_of_independent_scores_is_chance_however_many_tie():
+    rng = np.random.default_rng(0)
+    first, second = np.full((2, 1000), np.inf)
+    first[rng.permutation(1000)[:50]] = 1.0
+    second[rng.permutation(1000)[:50]] = 1.0
+    found = scores.overlap(first, second)
+    assert found.jaccard == pytest.approx(found.chance, abs=0.02)
+    assert abs(found.spearman) < 0.1
+    same = scores.overlap(np.arange(100.0), np.arange(100.0))
+    assert (same.jaccard, same.spearman) == (1.0, pytest.approx(1.0))
+    assert math.isnan(scores.overlap(np.full(9, np.inf), np.arange(9.0)).spearman)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -122,5 +135,7 @@ def test_what_cannot_be_scored_is_said(change, message):
 def test_options_that_cannot_be_are_said():
     with pytest.raises(ValueError, match="formula.alpha: expected a finite number"):
         SeamFormula(alpha=-1.0)
+    with pytest.raises(ValueError, match="formula.reduce 'avg': expected one of mean"):
+        SeamFormula(reduce="avg")
     with pytest.raises(ValueError, match=r"fraction: expected a number in \[0, 1\]"):
         scores.lowest(np.zeros(3), 1.5)
