@@ -22,7 +22,7 @@ GOLD = "rlhf_jax.testbed.gold:gold_rewards"
 
 
 def read(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    return [json.loads(line) for line in path.read_text().split("\n") if line]
 
 
 DATA = "testbed:worse?size=10&count=4"

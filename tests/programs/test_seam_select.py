@@ -41,7 +41,7 @@ def scored(tmp_path):
 
 
 def read(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    return [json.loads(line) for line in path.read_text().split("\n") if line]
 
 
 def numbers(path):
