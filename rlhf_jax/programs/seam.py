@@ -1,11 +1,11 @@
 """`rlhf-jax seam`: how well a policy and a reward model fit together, prompt by prompt.
 
 Read `run`: prompts with gold completions are read; for each estimator worse completions
-are made (`worse`), scored by policy and reward model in parts (`_score`), and combined
-(`curation.seam.scores`). Into run_dir go seam.jsonl (a line a prompt and estimator),
-prompts.jsonl, set_aside.jsonl, seam.json, plots and report.html. What is made or scored
-is kept: a stopped run goes on where it was, a finished one is summarised anew in
-seconds.
+are made (`worse`), scored by policy and reward model in parts (`seam_scoring`), and
+combined (`curation.seam.scores`). Into run_dir go seam.jsonl (a line a prompt and
+estimator), prompts.jsonl, set_aside.jsonl, seam.json, plots and report.html. What is
+made or scored is kept: a stopped run goes on where it was, a finished one is summarised
+anew in seconds.
 
 Source: arXiv:2406.07971; the formula is a reconstruction, see `curation.seam.scores`.
 """
@@ -15,23 +15,21 @@ import json
 import pathlib
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any
 
-import numpy as np
 from rich.console import Console
 
 from rlhf_jax import config as configs
-from rlhf_jax.curation.seam import scores
 from rlhf_jax.curation.seam.scores import SeamFormula
 from rlhf_jax.data.rows import Columns
 from rlhf_jax.io import progress, seam_report
 from rlhf_jax.io.run_dir import open_run, write_atomic
-from rlhf_jax.programs import scored_rows, worse, writer
+from rlhf_jax.programs import scored_rows, seam_scoring, worse, writer
 from rlhf_jax.programs.adversary import AttackConfig
 from rlhf_jax.programs.likelihood import open_likelihood
-from rlhf_jax.programs.rewards import Rewards, kind_of, open_rewards, parse_spec
-from rlhf_jax.programs.scorer import ENSEMBLE, Refusal, Scorer, ScoringConfig
+from rlhf_jax.programs.rewards import kind_of, open_rewards, parse_spec
+from rlhf_jax.programs.scorer import ENSEMBLE, ScoringConfig
 from rlhf_jax.programs.seam_prompts import SeamPrompt, Worse, read_prompts
+from rlhf_jax.programs.seam_scoring import Line
 from rlhf_jax.programs.worse import ContrastConfig, Estimator, PerturbConfig
 from rlhf_jax.programs.writer import WriterConfig
 
@@ -45,7 +43,6 @@ MAY_CHANGE = (
     *("writer.chat.price_out", *(f"writer.chat.{name}" for name in _ASKING)),
 )
 """Settings of a run that goes on: none of them changes a text or a score."""
-Line = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,9 +127,12 @@ def run(config: SeamConfig) -> pathlib.Path:
         _write_prompts(root, rows)
         made = {name: _worse(config, root, name, prompts) for name in config.estimators}
         scored, speed = _score(config, root, prompts, made)
-        lines = {name: _finish(found, config) for name, found in scored.items()}
+        lines = {
+            name: seam_scoring.with_scores(found, config.formula)
+            for name, found in scored.items()
+        }
         for found in scored.values():
-            left_out += _without_score(prompts, found)
+            left_out += seam_scoring.without_score(prompts, found)
         every = [line for found in lines.values() for line in found]
         scored_rows.write_whole(root / "seam.jsonl", every)
         scored_rows.write_whole(root / "set_aside.jsonl", left_out)
@@ -193,7 +193,7 @@ def _attacked(
     config: SeamConfig, path: pathlib.Path, prompts: Sequence[SeamPrompt]
 ) -> Worse:
     """The estimator that takes long writes part by part."""
-    lines = _read_parts(path, len(prompts), worse.PART)
+    lines = seam_scoring.read_parts(path, len(prompts), worse.PART)
     if len(lines) < len(prompts):
         spec = parse_spec(config.reward)[1]
         parts = worse.by_attack(
@@ -217,7 +217,7 @@ def _score(
     """Log-probabilities and rewards of every text, part by part; what is on disk is
     read. Also how long the new ones took."""
     found = {
-        name: _read_parts(root / f"scores-{name}.jsonl", len(prompts), PART)
+        name: seam_scoring.read_parts(root / f"scores-{name}.jsonl", len(prompts), PART)
         for name in made
     }
     if all(len(lines) == len(prompts) for lines in found.values()):
@@ -236,7 +236,7 @@ def _score(
             advance(len(lines))
             for first in range(len(lines), len(prompts), PART):
                 some = slice(first, first + PART)
-                part = _score_part(
+                part = seam_scoring.score_part(
                     name, prompts[some], completions[some], likelihood, rewards
                 )
                 lines += part
@@ -253,147 +253,6 @@ def _earlier_speed(root: pathlib.Path) -> dict[str, float]:
     path = root / "seam.json"
     summary = json.loads(path.read_text()) if path.exists() else {}
     return {key: summary[key] for key in _SPEED if key in summary}
-
-
-def _read_parts(path: pathlib.Path, total: int, part: int) -> list[Line]:
-    """The whole parts of a file of lines; a torn or unfinished part is cut off."""
-    if not path.exists():
-        return []
-    # As bytes: the tear may go through a character.
-    lines = path.read_bytes().split(b"\n")[:-1]
-    if len(lines) < total:
-        lines = lines[: len(lines) // part * part]
-        write_atomic(path, b"".join(line + b"\n" for line in lines).decode("utf-8"))
-    return [json.loads(line) for line in lines]
-
-
-def _score_part(
-    name: str,
-    prompts: Sequence[SeamPrompt],
-    completions: Worse,
-    likelihood: Scorer,
-    rewards: Rewards,
-) -> list[Line]:
-    """One line a prompt, with gold_reward null where the gold completion is refused."""
-    texts: list[tuple[int, str]] = []
-    encoded, lines = [], []
-    for n, (prompt, made) in enumerate(zip(prompts, completions, strict=True)):
-        line: Line = {
-            "schema": 1,
-            "index": prompt.index,
-            "prompt_id": prompt.prompt_id,
-            "where": prompt.where,
-            "prompt": prompt.prompt,
-            "gold": prompt.gold,
-            "gold_reward": None,
-            "estimator": name,
-            "worse": [],
-            "refused": [],
-        }
-        lines.append(line)
-        if prompt.tools:
-            line["tools"] = prompt.tools
-        for number, each in enumerate([{"text": prompt.gold, "source": "gold"}, *made]):
-            taken = _encode(prompt, each["text"], likelihood, rewards)
-            if number and each["text"].strip() == prompt.gold.strip():
-                taken = Refusal("the gold completion")
-            if isinstance(taken, Refusal):
-                why = ": ".join(part for part in (taken.reason, taken.detail) if part)
-                line["refused"].append({**each, "reason": why})
-                if number == 0:
-                    break
-            else:
-                encoded.append(taken)
-                texts.append((n, each["text"]))
-                line["worse"].append({**each, "num_tokens": len(taken.completion)})
-    if not texts:
-        return lines
-    logprobs = likelihood.rewards(encoded)
-    found = rewards(
-        [prompts[n].prompt for n, _ in texts],
-        [text for _, text in texts],
-        [_row(prompts[n]) for n, _ in texts],
-    ).total
-    numbers = iter(zip(logprobs.tolist(), found.tolist(), strict=True))
-    for line in lines:
-        for each in line["worse"]:
-            each["logprob"], each["reward"] = next(numbers)
-        if line["worse"]:
-            gold = line["worse"].pop(0)
-            line["gold_reward"] = gold["reward"]
-            line["gold_logprob"] = gold["logprob"]
-            line["gold_num_tokens"] = gold["num_tokens"]
-        for each in line["worse"]:
-            each["misjudged"] = each["reward"] > line["gold_reward"]
-    return lines
-
-
-def _encode(prompt: SeamPrompt, text: str, likelihood: Scorer, rewards: Rewards) -> Any:
-    """Token ids of the policy, or why one of the models cannot take the text."""
-    if not text.strip():
-        return Refusal("empty")
-    refused = rewards.refusal(prompt.prompt, text, _row(prompt))
-    if refused is not None:
-        return refused
-    return likelihood.encode(prompt.prompt, text, tools=prompt.tools)
-
-
-def _row(prompt: SeamPrompt) -> Line:
-    """What rewards read of a row: `tools` under its standard name."""
-    return {**prompt.row, "tools": prompt.tools}
-
-
-def _finish(lines: Sequence[Line], config: SeamConfig) -> list[Line]:
-    """Lines that have a score, with risk, seam (null = infinite) and rank."""
-    scored = [line for line in lines if line["worse"]]
-    if not scored:
-        return []
-    log_risks = np.array(
-        [
-            scores.log_risk(
-                np.array([each["logprob"] for each in line["worse"]]),
-                np.array([each["num_tokens"] for each in line["worse"]]),
-                np.array([each["reward"] for each in line["worse"]]),
-                line["gold_reward"],
-                config.formula,
-            )
-            for line in scored
-        ]
-    )
-    ranks = scores.ranks(-log_risks)
-    return [
-        {
-            **line,
-            "risk": float(np.exp(log_risk)),
-            "seam": float(-log_risk) if np.isfinite(log_risk) else None,
-            "rank": float(rank),
-        }
-        for line, log_risk, rank in zip(scored, log_risks, ranks, strict=True)
-    ]
-
-
-def _without_score(prompts: Sequence[SeamPrompt], lines: Sequence[Line]) -> list[Line]:
-    """A line for each prompt that an estimator gives no score, and why."""
-    left_out = []
-    for prompt, line in zip(prompts, lines, strict=True):
-        if line["worse"]:
-            continue
-        why = [each["reason"] for each in line["refused"]]
-        if line["gold_reward"] is None:
-            reason = "gold completion cannot be scored"
-        elif why:
-            reason = "no worse completion can be scored"
-        else:
-            reason = "no worse completion"
-        left_out.append(
-            scored_rows.set_aside(
-                prompt.where,
-                f"{line['estimator']}: {reason}",
-                "".join(why[:1]),
-                prompt.row,
-            )
-        )
-    return left_out
 
 
 def _others(config: SeamConfig) -> dict[str, list[Line]]:

@@ -118,7 +118,7 @@ def test_log_probabilities_are_those_of_each_text_alone(base):
 
 def test_a_stopped_run_goes_on_and_gives_the_same_lines(tmp_path, monkeypatch, base):
     monkeypatch.setattr(seam, "PART", 4)
-    score, calls = seam._score_part, []
+    score, calls = seam.seam_scoring.score_part, []
 
     def stops(*args):
         calls.append(args)
@@ -126,7 +126,7 @@ def test_a_stopped_run_goes_on_and_gives_the_same_lines(tmp_path, monkeypatch, b
             raise KeyboardInterrupt
         return score(*args)
 
-    monkeypatch.setattr(seam, "_score_part", stops)
+    monkeypatch.setattr(seam.seam_scoring, "score_part", stops)
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path)
     # Lines that were being written when the machine went away.

@@ -1,0 +1,163 @@
+"""Texts of `seam` through both models: lines without a score, then with one.
+
+`score_part` gives each prompt its line, `with_scores` adds risk, seam and rank,
+`without_score` says why a prompt has none. `read_parts` reads lines back.
+"""
+
+import json
+import pathlib
+from collections.abc import Sequence
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from rlhf_jax.curation.seam import scores
+from rlhf_jax.curation.seam.scores import SeamFormula
+from rlhf_jax.io.run_dir import write_atomic
+from rlhf_jax.programs import scored_rows
+from rlhf_jax.programs.rewards import Rewards
+from rlhf_jax.programs.scorer import Refusal, Scorer
+from rlhf_jax.programs.seam_prompts import SeamPrompt, Worse
+
+Line: TypeAlias = dict[str, Any]
+
+
+def read_parts(path: pathlib.Path, total: int, part: int) -> list[Line]:
+    """The whole parts of a file of lines; a torn or unfinished part is cut off."""
+    if not path.exists():
+        return []
+    # As bytes: the tear may go through a character.
+    lines = path.read_bytes().split(b"\n")[:-1]
+    if len(lines) < total:
+        lines = lines[: len(lines) // part * part]
+        write_atomic(path, b"".join(line + b"\n" for line in lines).decode("utf-8"))
+    return [json.loads(line) for line in lines]
+
+
+def score_part(
+    name: str,
+    prompts: Sequence[SeamPrompt],
+    completions: Worse,
+    likelihood: Scorer,
+    rewards: Rewards,
+) -> list[Line]:
+    """One line a prompt, with gold_reward null where the gold completion is refused."""
+    texts: list[tuple[int, str]] = []
+    encoded, lines = [], []
+    for n, (prompt, made) in enumerate(zip(prompts, completions, strict=True)):
+        line: Line = {
+            "schema": 1,
+            "index": prompt.index,
+            "prompt_id": prompt.prompt_id,
+            "where": prompt.where,
+            "prompt": prompt.prompt,
+            "gold": prompt.gold,
+            "gold_reward": None,
+            "estimator": name,
+            "worse": [],
+            "refused": [],
+        }
+        lines.append(line)
+        if prompt.tools:
+            line["tools"] = prompt.tools
+        for number, each in enumerate([{"text": prompt.gold, "source": "gold"}, *made]):
+            taken = _encode(prompt, each["text"], likelihood, rewards)
+            if number and each["text"].strip() == prompt.gold.strip():
+                taken = Refusal("the gold completion")
+            if isinstance(taken, Refusal):
+                why = ": ".join(part for part in (taken.reason, taken.detail) if part)
+                line["refused"].append({**each, "reason": why})
+                if number == 0:
+                    break
+            else:
+                encoded.append(taken)
+                texts.append((n, each["text"]))
+                line["worse"].append({**each, "num_tokens": len(taken.completion)})
+    if not texts:
+        return lines
+    logprobs = likelihood.rewards(encoded)
+    found = rewards(
+        [prompts[n].prompt for n, _ in texts],
+        [text for _, text in texts],
+        [_row(prompts[n]) for n, _ in texts],
+    ).total
+    numbers = iter(zip(logprobs.tolist(), found.tolist(), strict=True))
+    for line in lines:
+        for each in line["worse"]:
+            each["logprob"], each["reward"] = next(numbers)
+        if line["worse"]:
+            gold = line["worse"].pop(0)
+            line["gold_reward"] = gold["reward"]
+            line["gold_logprob"] = gold["logprob"]
+            line["gold_num_tokens"] = gold["num_tokens"]
+        for each in line["worse"]:
+            each["misjudged"] = each["reward"] > line["gold_reward"]
+    return lines
+
+
+def _encode(prompt: SeamPrompt, text: str, likelihood: Scorer, rewards: Rewards) -> Any:
+    """Token ids of the policy, or why one of the models cannot take the text."""
+    if not text.strip():
+        return Refusal("empty")
+    refused = rewards.refusal(prompt.prompt, text, _row(prompt))
+    if refused is not None:
+        return refused
+    return likelihood.encode(prompt.prompt, text, tools=prompt.tools)
+
+
+def _row(prompt: SeamPrompt) -> Line:
+    """What rewards read of a row: `tools` under its standard name."""
+    return {**prompt.row, "tools": prompt.tools}
+
+
+def with_scores(lines: Sequence[Line], formula: SeamFormula) -> list[Line]:
+    """Lines that have a score, with risk, seam (null = infinite) and rank."""
+    scored = [line for line in lines if line["worse"]]
+    if not scored:
+        return []
+    log_risks = np.array(
+        [
+            scores.log_risk(
+                np.array([each["logprob"] for each in line["worse"]]),
+                np.array([each["num_tokens"] for each in line["worse"]]),
+                np.array([each["reward"] for each in line["worse"]]),
+                line["gold_reward"],
+                formula,
+            )
+            for line in scored
+        ]
+    )
+    ranks = scores.ranks(-log_risks)
+    return [
+        {
+            **line,
+            "risk": float(np.exp(log_risk)),
+            "seam": float(-log_risk) if np.isfinite(log_risk) else None,
+            "rank": float(rank),
+        }
+        for line, log_risk, rank in zip(scored, log_risks, ranks, strict=True)
+    ]
+
+
+def without_score(prompts: Sequence[SeamPrompt], lines: Sequence[Line]) -> list[Line]:
+    """A line for each prompt that an estimator gives no score, and why."""
+    left_out = []
+    for prompt, line in zip(prompts, lines, strict=True):
+        if line["worse"]:
+            continue
+        why = [each["reason"] for each in line["refused"]]
+        if line["gold_reward"] is None:
+            reason = "gold completion cannot be scored"
+        elif why:
+            reason = "no worse completion can be scored"
+        else:
+            reason = "no worse completion"
+        left_out.append(
+            scored_rows.set_aside(
+                prompt.where,
+                f"{line['estimator']}: {reason}",
+                "".join(why[:1]),
+                prompt.row,
+            )
+        )
+    return left_out
