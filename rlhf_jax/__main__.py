@@ -143,6 +143,11 @@ STUDIES = {
         "SeamFilterConfig",
         "RLOO without the prompts of the lowest SEAM, and its controls",
     ),
+    "attacks": Program(
+        "rlhf_jax.studies.attacks",
+        "AttacksConfig",
+        "random perturbations beside searches that know the reward model",
+    ),
     "objectives": Program(
         "rlhf_jax.studies.objectives",
         "ObjectivesConfig",

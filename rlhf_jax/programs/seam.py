@@ -11,10 +11,12 @@ Source: arXiv:2406.07971; the formula is a reconstruction, see `curation.seam.sc
 """
 
 import dataclasses
+import importlib.util
 import json
 import pathlib
 import time
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from rich.console import Console
 
@@ -38,7 +40,8 @@ PART = 64
 _SPEED = ("texts_scored", "texts_per_s")
 _ASKING = ("per_minute", "concurrent", "retries", "timeout_s", "key_variable")
 MAY_CHANGE = (
-    *("formula", "compare", "estimators", "timeout_s", "scoring.tokens_per_batch"),
+    *("formula", "min_worse", "parquet", "compare", "estimators", "timeout_s"),
+    "scoring.tokens_per_batch",
     *("writer.max_failed", "writer.chat.max_price", "writer.chat.price_in"),
     *("writer.chat.price_out", *(f"writer.chat.{name}" for name in _ASKING)),
 )
@@ -76,6 +79,11 @@ class SeamConfig:
     """Of the estimator perturb."""
     attack: AttackConfig = AttackConfig()
     """Of the estimator attack."""
+    min_worse: int = 1
+    """Fewest worse completions of a prompt that gets a score: a mean over few is
+    noisy, and noise fills both ends of the ranks."""
+    parquet: bool = False
+    """Write seam.parquet beside seam.jsonl."""
     compare: list[str] = dataclasses.field(default_factory=list)
     """seam.jsonl of another policy or reward model on the same prompts, as NAME=PATH:
     adds the overlap of the lowest fifths; repeat for several."""
@@ -100,6 +108,12 @@ class SeamConfig:
             raise ValueError(
                 "estimators: generate needs a writer, writer.model or "
                 "writer.chat.base_url with writer.chat.model, and a writer needs it"
+            )
+        if self.min_worse < 1:
+            raise ValueError(f"min_worse: expected at least 1, got {self.min_worse}")
+        if self.parquet and importlib.util.find_spec("pyarrow") is None:
+            raise ValueError(
+                'parquet: pyarrow is not installed; pip install "rlhf-jax[data]"'
             )
         weight, spec = parse_spec(self.reward)
         one_model = kind_of(spec) == "model" and not spec.startswith(ENSEMBLE)
@@ -128,13 +142,15 @@ def run(config: SeamConfig) -> pathlib.Path:
         made = {name: _worse(config, root, name, prompts) for name in config.estimators}
         scored, speed = _score(config, root, prompts, made)
         lines = {
-            name: seam_scoring.with_scores(found, config.formula)
+            name: seam_scoring.with_scores(found, config.formula, config.min_worse)
             for name, found in scored.items()
         }
         for found in scored.values():
-            left_out += seam_scoring.without_score(prompts, found)
+            left_out += seam_scoring.without_score(prompts, found, config.min_worse)
         every = [line for found in lines.values() for line in found]
         scored_rows.write_whole(root / "seam.jsonl", every)
+        if config.parquet:
+            _write_parquet(root / "seam.parquet", every)
         scored_rows.write_whole(root / "set_aside.jsonl", left_out)
         summary = seam_report.summarise(lines, _others(config))
         summary |= {"prompts": len(prompts), "set_aside": len(left_out), **speed}
@@ -148,6 +164,20 @@ def run(config: SeamConfig) -> pathlib.Path:
         soft_wrap=True,
     )
     return root
+
+
+def _write_parquet(path: pathlib.Path, lines: Sequence[Line]) -> None:
+    """The lines as a table; a prompt of messages is written as JSON."""
+    import pyarrow
+    import pyarrow.parquet
+
+    def text(value: Any) -> str:
+        return value if isinstance(value, str) else json.dumps(value)
+
+    rows = [{**line, "prompt": text(line["prompt"])} for line in lines]
+    for row in rows:
+        row["tools"] = text(row["tools"]) if row.get("tools") else None
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
 
 
 def _write_prompts(root: pathlib.Path, rows: Sequence[Line]) -> None:

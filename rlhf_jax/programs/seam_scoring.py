@@ -110,9 +110,11 @@ def _row(prompt: SeamPrompt) -> Line:
     return {**prompt.row, "tools": prompt.tools}
 
 
-def with_scores(lines: Sequence[Line], formula: SeamFormula) -> list[Line]:
+def with_scores(
+    lines: Sequence[Line], formula: SeamFormula, min_worse: int
+) -> list[Line]:
     """Lines that have a score, with risk, seam (null = infinite) and rank."""
-    scored = [line for line in lines if line["worse"]]
+    scored = [line for line in lines if len(line["worse"]) >= min_worse]
     if not scored:
         return []
     log_risks = np.array(
@@ -139,15 +141,19 @@ def with_scores(lines: Sequence[Line], formula: SeamFormula) -> list[Line]:
     ]
 
 
-def without_score(prompts: Sequence[SeamPrompt], lines: Sequence[Line]) -> list[Line]:
+def without_score(
+    prompts: Sequence[SeamPrompt], lines: Sequence[Line], min_worse: int
+) -> list[Line]:
     """A line for each prompt that an estimator gives no score, and why."""
     left_out = []
     for prompt, line in zip(prompts, lines, strict=True):
-        if line["worse"]:
+        if len(line["worse"]) >= min_worse:
             continue
         why = [each["reason"] for each in line["refused"]]
         if line["gold_reward"] is None:
             reason = "gold completion cannot be scored"
+        elif line["worse"]:
+            reason = f"fewer than {min_worse} worse completions"
         elif why:
             reason = "no worse completion can be scored"
         else:

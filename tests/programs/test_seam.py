@@ -143,9 +143,16 @@ def test_a_finished_run_is_only_summarised_anew(tmp_path, monkeypatch, base):
     config = (tmp_path / "run" / "config.yaml").read_text()
     moved = config.replace(str(base[2]), str(tmp_path / "run"))
     (tmp_path / "run" / "config.yaml").write_text(moved)
-    again, _, _ = run(tmp_path)
+    again, _, root = run(tmp_path, parquet=True)
     assert again == base[0]
+    table = pytest.importorskip("pyarrow.parquet").read_table(root / "seam.parquet")
+    assert [{k: row[k] for k in again[0]} for row in table.to_pylist()] == again
     summed, _, _ = run(tmp_path, formula=scores.SeamFormula(reduce="sum"))
+    strict, left_out, _ = run(tmp_path, min_worse=5)
+    assert not strict and len(left_out) == 10
+    assert {line["reason"] for line in left_out} == {
+        "given: fewer than 5 worse completions"
+    }
     for a, b in zip(base[0], summed, strict=True):
         assert b["risk"] == pytest.approx(a["risk"] * len(a["worse"]), rel=1e-6)
 
@@ -303,6 +310,7 @@ def test_runs_are_compared_by_prompt(tmp_path, base):
         ({"estimators": []}, "estimators: expected one or more, each once"),
         ({"estimators": ["given", "given"]}, "each once"),
         ({"estimators": ["attack"]}, "reward -1.* is none"),
+        ({"min_worse": 0}, "min_worse: expected at least 1, got 0"),
         ({"estimators": ["attack"], "reward": "-1*model"}, "weight above 0"),
         ({"estimators": ["attack"], "reward": "ensemble:d"}, "of one reward model"),
     ],
