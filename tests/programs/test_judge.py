@@ -207,6 +207,7 @@ def test_failed_questions_are_asked_again_or_accepted(tmp_path, endpoint):
     assert [texts[0]["text"] for texts in made] == [f"worse p{n}" for n in range(4)]
 
 
+@pytest.mark.slow
 def test_a_local_writer_continues_the_instruction(tmp_path):
     config = WriterConfig(model="testbed", count=3, max_new_tokens=6, batch_size=4)
     made = writer.by_generation(prompts_of(tmp_path), config, tmp_path, seed=0)

@@ -84,6 +84,7 @@ def test_a_swav_run_leaves_a_plain_reward_model(tmp_path):
     assert "eval/id/contrastive/loss" not in evaluated  # one view has nothing to find
 
 
+@pytest.mark.slow
 def test_kwise_rows_train_and_pairs_evaluate(tmp_path):
     config = reward.RewardConfig(
         run_dir=str(tmp_path / "ranked"),
@@ -163,7 +164,8 @@ def policy(tmp_path_factory):
     return str(sft.run(config))
 
 
-@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 2])
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 2])
 def test_dpo_starts_at_log_two_and_its_run_is_a_policy(tmp_path, policy, rank):
     config = dpo.DpoConfig(
         **BASE
@@ -236,6 +238,7 @@ def test_strength_writes_columns_actions_and_what_reward_can_train_on(
     reward.run(again)
 
 
+@pytest.mark.slow
 def test_warm_is_the_mean_of_the_members_and_loads(measured_root):
     root = measured_root
     members = [load_reward_model(str(root / "members" / m)).params for m in ("0", "1")]

@@ -253,9 +253,13 @@ def test_pooled_states_are_means_over_each_text_alone():
     assert np.linalg.norm(together - together.mean(axis=0), axis=1).min() > 0
 
 
-def test_attacks_raise_the_reward_inside_their_budget_and_can_be_written():
-    scoring = ScoringConfig(untrained_head=True)
-    attacker = open_adversary("testbed", scoring, candidates=16)
+@pytest.fixture(scope="module")
+def attacker():
+    scoring = ScoringConfig(untrained_head=True, max_length=80)
+    return open_adversary("testbed", scoring, candidates=16)
+
+
+def test_attacks_raise_the_reward_inside_their_budget_and_can_be_written(attacker):
     rows = world("rl", size=5)
     prompts = [row["prompt"] for row in rows]
     golds = [row["gold_completion"] for row in rows]
@@ -279,13 +283,11 @@ def test_attacks_raise_the_reward_inside_their_budget_and_can_be_written():
             assert one.completion[-1] == start[-1]
 
 
-def test_an_attack_on_a_text_that_is_too_long_is_refused_not_cut():
-    scoring = ScoringConfig(untrained_head=True, max_length=40)
-    attacker = open_adversary("testbed", scoring, candidates=4)
+def test_an_attack_on_a_text_that_is_too_long_is_refused_not_cut(attacker):
     prompt = world("rl", size=1)[0]["prompt"]
     config = AttackConfig(count=1, max_edits=1)
-    long, short = attacker.attack([prompt] * 2, ["cat " * 60, "cat"], config)
-    assert not long.worse and "longer than max_length 40" in long.refusal.reason
+    long, short = attacker.attack([prompt] * 2, ["cat " * 90, "cat"], config)
+    assert not long.worse and "longer than max_length 80" in long.refusal.reason
     assert len(short.worse) == 1
 
 
@@ -340,8 +342,7 @@ def test_what_cannot_be_read_is_said(tmp_path):
 
 
 def test_other_prompts_in_the_same_directory_are_refused(tmp_path):
-    path = write(tmp_path, world("worse", size=3, count=2))
-    run(tmp_path, path)
-    write(tmp_path, world("worse", size=4, count=2))
+    for _ in range(2):
+        seam._write_prompts(tmp_path, [{"prompt": "a"}])
     with pytest.raises(ValueError, match="holds scores of other prompts"):
-        run(tmp_path, path)
+        seam._write_prompts(tmp_path, [{"prompt": "b"}])
