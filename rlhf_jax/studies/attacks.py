@@ -92,7 +92,8 @@ def _one(
     )
     model = once(reward.run, trained)
     found = {}
-    for number, (name, options) in enumerate(METHODS.items()):
+    for number, (name, method) in enumerate(METHODS.items()):
+        options: dict[str, Any] = {"estimators": ["attack"], **method}
         measured = seam.run(
             seam.SeamConfig(
                 run_dir=str(root / f"seam-{number}-{seed}"),
@@ -100,7 +101,7 @@ def _one(
                 reward=str(model),
                 data=[f"testbed:rl?size={config.prompts}&seed={seed}"],
                 seed=seed,
-                **({"estimators": ["attack"]} | options),
+                **options,
             )
         )
         found[name] = figures(seam.read_scores(str(measured / "seam.jsonl")))
