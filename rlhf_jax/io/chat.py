@@ -93,8 +93,7 @@ class Estimate(NamedTuple):
     """What a run will ask for, at most."""
 
     asked: int
-    """Questions without a reply in the cache."""
-    """Each once, if some are the same."""
+    """Questions without a reply in the cache, each once if some are the same."""
     cached: int
     tokens_in: int
     tokens_out: int
