@@ -250,7 +250,7 @@ def _merge_repeated(config_type: type, argv: list[str]) -> list[str]:
             value = next(arguments, None)
             if value is None:
                 raise ValueError(f"{flag}: expected a value")
-        merged.setdefault(name, []).extend(_as_list(value))
+        merged.setdefault(name, []).extend(_as_list(flag, value))
     return rest + [f"--{name}={json.dumps(values)}" for name, values in merged.items()]
 
 
@@ -264,15 +264,23 @@ def _list_keys(config_type: type, prefix: str = "") -> set[str]:
     return keys
 
 
-def _as_list(value: str) -> list[str]:
-    """A flag's value: a YAML list if it is one of strings, else one item."""
-    if value.startswith("[") and value.endswith("]"):
-        try:
-            items = yaml.safe_load(value)
-        except yaml.YAMLError:
-            return [value]
-        return [str(item) for item in items]
-    return [value]
+def _as_list(flag: str, value: str) -> list[str]:
+    """A flag's value: the items of [a, b], quoted as in YAML or bare, else one item.
+
+    YAML reads no bare `?` inside brackets, and our SPECs have one: a list without
+    quotes is split at its commas.
+    """
+    if not (value.startswith("[") and value.endswith("]")):
+        return [value]
+    try:
+        return [str(item) for item in yaml.safe_load(value)]
+    except yaml.YAMLError:
+        if set(value[1:-1]) & set("[]{}'\""):
+            raise ValueError(
+                f"{flag}: {value} is no list in YAML; quote each item, "
+                f"""'["a","b"]', or repeat {flag}"""
+            ) from None
+    return [item.strip() for item in value[1:-1].split(",")]
 
 
 def load_function(spec: str, flag: str) -> Callable[..., Any]:

@@ -42,6 +42,14 @@ def test_repeated_list_flags_make_one_list():
     assert parse("--run_dir", "x", "--data", "a", "--data=b").data == ["a", "b"]
 
 
+def test_a_list_in_brackets_takes_specs_with_options(capsys):
+    specs = ["a.jsonl?size=2&split=x", "b"]
+    for value in ("[a.jsonl?size=2&split=x, b]", '["a.jsonl?size=2&split=x",b]'):
+        assert parse("--run_dir", "x", "--data", value).data == specs
+    said = error_of(capsys, "--run_dir", "x", "--data", "['a?b, c]")
+    assert "quote each item" in said and "repeat --data" in said
+
+
 def test_flags_override_the_file(tmp_path):
     path = tmp_path / "c.yaml"
     path.write_text(

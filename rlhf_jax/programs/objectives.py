@@ -40,6 +40,17 @@ REGULARIZERS: dict[str, Callable[..., Any]] = {
         regularizers.bounded_gap,
     )
 }
+_PAPERS = {
+    "bt": "bradley_terry",
+    "dr": "direct",
+    "eurus": "direct",
+    "norm": "normalised",
+    "bsr": "batch_sum_to_zero",
+    "l2": "squared_rewards",
+    "pcrm": "bounded_gap",
+    "ties": "rao_kupper",
+}
+"""What papers call them; for the hint beside an unknown name."""
 COUPLED = (regularizers.batch_sum_to_zero,)
 """Regularizers whose value depends on all pairs of a batch."""
 
@@ -173,8 +184,10 @@ def _resolve(
     elif ":" in name:
         function = configs.load_function(name, f"--{flag}")
     else:
-        near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
-        hint = f"did you mean {near[0]!r}? " if near else ""
+        near = _PAPERS.get(name.lower()) or next(
+            iter(difflib.get_close_matches(name, known, n=1, cutoff=0.4)), None
+        )
+        hint = f"did you mean {near!r}? " if near in known else ""
         raise ValueError(
             f"{flag} {text!r}: unknown name; {hint}expected one of {', '.join(known)}, "
             "or package.module:function"

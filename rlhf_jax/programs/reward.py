@@ -103,6 +103,11 @@ class RewardConfig:
                     "objective: stands for loss, regularizers and contrastive; give it "
                     "alone, or leave it out"
                 )
+            if ":" not in self.objective:
+                raise ValueError(
+                    f"objective {self.objective!r}: expected package.module:function; "
+                    "what has a name goes to loss or regularizers"
+                )
             return
         if self.ranks:
             if self.regularizers or self.contrasts:

@@ -68,6 +68,7 @@ def test_evaluation_leaves_out_what_couples_a_batch():
     ("text", "message"),
     [
         ("hingee", "unknown name; did you mean 'hinge'[?] expected one of bradley"),
+        ("DR", "unknown name; did you mean 'direct'[?] expected one of bradley"),
         ("hinge?margins=1", "unknown option 'margins'; its options: min_gap"),
         ("hinge?min_gap=wide", "min_gap: expected a finite number, got 'wide'"),
         ("hinge?min_gap=nan", "min_gap: expected a finite number, got 'nan'"),
