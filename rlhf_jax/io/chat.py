@@ -19,7 +19,7 @@ import pathlib
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from rlhf_jax.io.run_dir import write_atomic
 
@@ -41,6 +41,10 @@ class ChatConfig:
     """Directory of the replies."""
     max_tokens: int = 512
     """Longest reply."""
+    length_parameter: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
+    """What the endpoint calls it; models that reason want the second."""
+    send_temperature: bool = True
+    """false for models that take none but their own."""
     concurrent: int = 8
     """Questions under way at a time."""
     per_minute: float = 0.0
@@ -198,13 +202,15 @@ class ChatClient:
         if path.exists():
             return Reply(json.loads(path.read_text(encoding="utf-8"))["text"])
         openai = self._openai
+        options: dict[str, Any] = {self.config.length_parameter: self.config.max_tokens}
+        if self.config.send_temperature:
+            options["temperature"] = question.temperature
         self._wait()
         try:
             answer = self._client.chat.completions.create(
                 model=str(self.config.model),
                 messages=[dict(message) for message in question.messages],  # type: ignore[misc]
-                temperature=question.temperature,
-                max_tokens=self.config.max_tokens,
+                **options,
             )
             text = answer.choices[0].message.content
             cut = answer.choices[0].finish_reason == "length"
@@ -221,7 +227,7 @@ class ChatClient:
                 f"chat: {self.config.base_url}, model {self.config.model}: {error}"
             ) from None
         except openai.APIError as error:
-            return Reply("", f"{type(error).__name__}: {error}")
+            return Reply("", f"{type(error).__name__}: {error}{_hint(str(error))}")
         except (AttributeError, IndexError, TypeError, ValueError) as error:
             return Reply("", f"malformed reply: {error}")
         if not isinstance(text, str) or not text.strip():
@@ -249,7 +255,7 @@ class ChatClient:
                 self.config.base_url,
                 self.config.model,
                 self.config.max_tokens,
-                question.temperature,
+                question.temperature if self.config.send_temperature else None,
                 question.sample,
                 [dict(message) for message in question.messages],
             ],
@@ -257,3 +263,13 @@ class ChatClient:
         )
         digest = hashlib.sha256(key.encode("utf-8", "replace")).hexdigest()
         return self._cache / digest[:2] / f"{digest}.json"
+
+
+def _hint(refusal: str) -> str:
+    """What to set when an endpoint refuses a parameter by its name."""
+    words = refusal.lower()
+    if "unsupported" not in words and "not supported" not in words:
+        return ""
+    if "max_tokens" in words:
+        return "; chat.length_parameter takes the other name"
+    return "; chat.send_temperature false leaves it out" * ("temperature" in words)

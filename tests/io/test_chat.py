@@ -47,6 +47,27 @@ def test_replies_are_in_order_and_the_request_is_as_configured(client):
     assert (body["model"], body["temperature"], body["max_tokens"]) == ("m", 0.5, 7)
 
 
+def test_models_that_reason_get_their_own_parameters(client):
+    chat, server = client(
+        max_tokens=9, length_parameter="max_completion_tokens", send_temperature=False
+    )
+    chat.ask(ask("a", temperature=0.5))
+    _, body = server.requests[0]
+    assert body["max_completion_tokens"] == 9
+    assert "max_tokens" not in body and "temperature" not in body
+
+
+@pytest.mark.parametrize(
+    ("parameter", "option"),
+    [("max_tokens", "length_parameter"), ("temperature", "send_temperature")],
+)
+def test_a_refused_parameter_names_the_option_that_helps(client, parameter, option):
+    said = {"error": {"message": f"Unsupported parameter: '{parameter}'"}}
+    chat, _ = client(script=[(400, said)])
+    (reply,) = chat.ask(ask("a"))
+    assert reply.error is not None and f"chat.{option}" in reply.error
+
+
 def test_what_was_answered_is_not_asked_again(client):
     chat, server = client()
     assert [reply.text for reply in chat.ask(ask("a", "b", "a"))] == [
