@@ -58,7 +58,7 @@ def run(config: DetectorsConfig) -> dict[str, Any]:
         tools = functools.cache(lambda: denoise.open_tools(config, root))
         results = by_seed(root, config.seeds, lambda seed: _one(config, *tools(), seed))
     console = Console(width=110)
-    console.print(_table(results, config.members))
+    console.print(_table(results))
     console.print(_rules(results))
     return {"seeds": results}
 
@@ -112,25 +112,18 @@ def _cross_fitted(
     return Strength(gaps)
 
 
-def _table(results: list[dict[str, Any]], members: int) -> Table:
+def _table(results: list[dict[str, Any]]) -> Table:
     table = Table(title="finding the flipped labels: area under the ROC curve")
-    table.add_column("detector")
-    counts = list(results[0]["auc"]["in-sample"]["mean_strength"])
-    for kind in ("in-sample", "cross-fitted"):
-        for n in counts:
-            table.add_column(f"{kind}, {n}", justify="right")
-    table.add_column(f"cross-fitted less in-sample, {members}", justify="right")
+    kinds = ("in-sample", "cross-fitted")
+    for name in ("detector", "models", *kinds, "difference"):
+        table.add_column(name, justify="left" if name == "detector" else "right")
     for name in DETECTORS:
-        cells = [
-            interval([r["auc"][kind][name][n] for r in results]).plain()
-            for kind in ("in-sample", "cross-fitted")
-            for n in counts
-        ]
-        last = [
-            [r["auc"][kind][name][counts[-1]] for r in results]
-            for kind in ("cross-fitted", "in-sample")
-        ]
-        table.add_row(name, *cells, str(paired(*last)))
+        for count in results[0]["auc"]["in-sample"][name]:
+            fitted, crossed = (
+                [r["auc"][kind][name][count] for r in results] for kind in kinds
+            )
+            cells = (interval(values).plain() for values in (fitted, crossed))
+            table.add_row(name, count, *cells, str(paired(crossed, fitted)))
     return table
 
 
