@@ -11,9 +11,10 @@ As a penalty inside the reward (no gradient) their values matter; as a loss term
 gradients do, and those are not the KL's in general: see each function.
 """
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
+
+from rlhf_jax.losses import shapes
 
 
 def k1(
@@ -106,24 +107,13 @@ def k3(
     return jnp.expm1(log_ratio) - log_ratio
 
 
-def require_same_shape(**arrays: jax.Array | None) -> None:
-    """Raises ValueError unless all arrays given have one shape: [M] against [M, 1]
-    would broadcast to [M, M]."""
-    shapes = {name: x.shape for name, x in arrays.items() if x is not None}
-    if len(set(shapes.values())) > 1:
-        raise ValueError(
-            "expected arrays of one shape, got "
-            + ", ".join(f"{name} {shape}" for name, shape in shapes.items())
-        )
-
-
 def _log_ratio(
     logprobs: Float[Array, "*shape"],
     ref_logprobs: Float[Array, "*shape"],
     mask: Bool[Array, "*shape"] | None,
 ) -> Float[Array, "*shape"]:
     """log ref - log pi, and 0 outside the mask."""
-    require_same_shape(logprobs=logprobs, ref_logprobs=ref_logprobs, mask=mask)
+    shapes.require_same_shape(logprobs=logprobs, ref_logprobs=ref_logprobs, mask=mask)
     difference = ref_logprobs.astype(jnp.float32) - logprobs.astype(jnp.float32)
     # Before exp and squares: their derivative at inf times 0 would be nan.
     return difference if mask is None else jnp.where(mask, difference, 0.0)

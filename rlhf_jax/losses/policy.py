@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from rlhf_jax.losses import kl, masked
+from rlhf_jax.losses import kl, masked, shapes
 from rlhf_jax.types import Mean
 
 
@@ -50,7 +50,7 @@ def ppo_clip(
     Source: Schulman et al. 2017, arXiv:1707.06347, eq. 7; the two-sided range as Yu et
     al. 2025, arXiv:2503.14476; dual clip: Ye et al. 2020, arXiv:1912.09729.
     """
-    kl.require_same_shape(
+    shapes.require_same_shape(
         logprobs=logprobs, old_logprobs=old_logprobs, advantages=advantages, mask=mask
     )
     low, high = _log_range(clip_eps, clip_eps_high)
@@ -183,7 +183,7 @@ def policy_statistics(
 
     Source: definition; the KL: Schulman 2020, "Approximating KL divergence", k3.
     """
-    kl.require_same_shape(logprobs=logprobs, old_logprobs=old_logprobs, mask=mask)
+    shapes.require_same_shape(logprobs=logprobs, old_logprobs=old_logprobs, mask=mask)
     low, high = _log_range(clip_eps, clip_eps_high)
     log_ratio = jax.lax.stop_gradient(_log_ratio(logprobs, old_logprobs, mask))
     outside = (log_ratio < low) | (log_ratio > high)

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from rlhf_jax.losses import kl, masked
+from rlhf_jax.losses import masked, shapes
 
 
 def clipped_value(
@@ -36,7 +36,7 @@ def clipped_value(
     Source: Dhariwal et al. 2017, OpenAI Baselines, ppo2; Wang et al. 2024,
     arXiv:2401.06080 (code: MOSS-RLHF).
     """
-    kl.require_same_shape(
+    shapes.require_same_shape(
         values=values, old_values=old_values, returns=returns, mask=mask
     )
     if clip_eps is not None and clip_eps <= 0:
@@ -83,7 +83,7 @@ def explained_variance(
 
     Source: Dhariwal et al. 2017, OpenAI Baselines, `explained_variance`.
     """
-    kl.require_same_shape(values=values, returns=returns, mask=mask)
+    shapes.require_same_shape(values=values, returns=returns, mask=mask)
     returns = jnp.where(mask, returns.astype(jnp.float32), 0.0)
     residuals = jnp.where(mask, returns - values.astype(jnp.float32), 0.0)
     total, left = _variance(returns, mask), _variance(residuals, mask)
