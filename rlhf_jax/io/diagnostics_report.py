@@ -10,8 +10,8 @@ from typing import Any
 
 import matplotlib
 
+from rlhf_jax.io import evaluation_plots as plots
 from rlhf_jax.io import plot_style as style
-from rlhf_jax.io import plots
 from rlhf_jax.io.html import Plot, Section, Table, number
 
 NORM_COLUMNS = ("mean", "std", "skewness", "p99")

@@ -11,7 +11,8 @@ import pathlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from rlhf_jax.io import plot_style, plots
+from rlhf_jax.io import evaluation_plots as plots
+from rlhf_jax.io import plot_style
 from rlhf_jax.io.diagnostics_report import contrast_section, states_section
 from rlhf_jax.io.html import Plot, Section, Table, Tile
 

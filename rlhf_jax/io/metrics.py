@@ -1,15 +1,18 @@
 """Metrics out: metrics.jsonl always, TensorBoard beside it, Weights & Biases if asked.
 
 `metrics_writer` gives one function `write(step, values)`. Values are flat names to
-floats; one that is not finite is null in metrics.jsonl.
+floats; one that is not finite is null in metrics.jsonl. `series` takes one name out of
+such rows again.
 """
 
 import contextlib
 import json
 import math
 import pathlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
+
+import numpy as np
 
 from rlhf_jax.io.run_dir import write_atomic
 
@@ -56,6 +59,22 @@ def metrics_writer(
         finally:
             if run is not None:
                 run.finish()
+
+
+def series(
+    rows: Sequence[Mapping[str, Any]], key: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """(steps, values) of one key of metrics rows, where it is a finite number.
+
+    A step written twice keeps its last value.
+    """
+    found = {
+        row["step"]: float(row[key])
+        for row in rows
+        if isinstance(row.get(key), int | float) and math.isfinite(row[key])
+    }
+    steps = sorted(found)
+    return np.array(steps), np.array([found[step] for step in steps])
 
 
 def _cut_after(path: pathlib.Path, step: int) -> None:

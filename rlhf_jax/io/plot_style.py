@@ -2,7 +2,7 @@
 
 Okabe and Ito's colours, told apart with any colour vision; figures on matplotlib's Agg
 canvas without pyplot, so that no global state is touched and no display is needed.
-`plots` draws.
+The modules named *_plots draw.
 """
 
 import itertools

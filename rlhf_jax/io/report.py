@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from rlhf_jax.io import html, plots
+from rlhf_jax.io import html, metrics, training_plots
 from rlhf_jax.io.evaluation_report import (
     evaluation_notes,
     evaluation_sections,
@@ -127,7 +127,9 @@ def _training_section(
     folder: pathlib.Path,
 ) -> Section:
     step = best.get("step") if best else None
-    curves = plots.training_curves(rows, folder / "training.png", best_step=step)
+    curves = training_plots.training_curves(
+        rows, folder / "training.png", best_step=step
+    )
     steps = max(row["step"] for row in rows)
     caption = (
         "Training and evaluation by step; train is smoothed over a twentieth of it."
@@ -144,7 +146,7 @@ def _last_values(rows: Sequence[Mapping[str, Any]]) -> list[Table]:
     keys = dict.fromkeys(key for row in rows for key in row)
     table = []
     for key in keys:
-        steps, values = plots.series(rows, key)
+        steps, values = metrics.series(rows, key)
         if key not in ("schema", "step") and len(steps):
             low, high = float(values.min()), float(values.max())
             table.append((key, float(values[-1]), low, high, int(steps[-1])))
@@ -163,7 +165,7 @@ def _training_tiles(
         ("train/loss", "last training loss"),
         ("perf/tokens_per_s", "tokens/s"),
     ):
-        values = plots.series(rows, key)[1]
+        values = metrics.series(rows, key)[1]
         if len(values):
             tiles.append(Tile(label, float(values[-1])))
     return tiles

@@ -1,4 +1,4 @@
-"""Plots of RL runs: curves over steps, over-optimisation, best-of-n; see `plots`."""
+"""Plots of RL runs: curves over steps, over-optimisation, best-of-n."""
 
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -8,8 +8,8 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 
+from rlhf_jax.io import metrics
 from rlhf_jax.io import plot_style as style
-from rlhf_jax.io.plots import series
 
 _BINS = 12
 """Means of as many steps each along the KL, where there are more than twice as many
@@ -39,7 +39,7 @@ def rl_curves(
     """
     panels = {}
     for title, names in _PANELS.items():
-        lines = [(label, *series(rows, key)) for key, label in names.items()]
+        lines = [(label, *metrics.series(rows, key)) for key, label in names.items()]
         lines = [line for line in lines if len(line[1])]
         if lines:
             panels[title] = lines

@@ -9,9 +9,8 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rlhf_jax.io import rl_plots
+from rlhf_jax.io import metrics, rl_plots
 from rlhf_jax.io.html import Plot, Section, Table, Tile
-from rlhf_jax.io.plots import series
 
 _SHOWN_TEXT = 600
 """Characters of a prompt or completion in a table; the file has all."""
@@ -34,7 +33,9 @@ def rl_sections(
     # Steps of which a number is missing (it was not finite) are left out of all curves.
     whole = [r for r in rows if all(r.get(key) is not None for key in names.values())]
     if whole:
-        curve: dict[str, Any] = {n: series(whole, k)[1] for n, k in names.items()}
+        curve: dict[str, Any] = {
+            n: metrics.series(whole, k)[1] for n, k in names.items()
+        }
         plot = rl_plots.over_optimisation(
             {"training": curve}, folder / "over_optimisation.png"
         )
@@ -60,12 +61,12 @@ def rl_tiles(rows: Sequence[Mapping[str, Any]]) -> list[Tile]:
         ("reward/proxy", "proxy reward"),
         ("reward/gold", "gold reward"),
     ):
-        _, values = series(rows, key)
+        _, values = metrics.series(rows, key)
         if len(values):
             tenth = max(1, len(values) // 10)
             first, last = values[:tenth].mean(), values[-tenth:].mean()
             tiles.append(Tile(label, float(last), f"from {first:.3f}"))
-    _, kl = series(rows, "policy/kl")
+    _, kl = metrics.series(rows, "policy/kl")
     if len(kl):
         tiles.append(Tile("KL to the reference", float(kl[-1]), "nats a completion"))
     return tiles

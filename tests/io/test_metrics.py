@@ -2,7 +2,7 @@
 
 import json
 
-from rlhf_jax.io.metrics import metrics_writer
+from rlhf_jax.io.metrics import metrics_writer, series
 
 
 def steps_in(path):
@@ -35,3 +35,10 @@ def test_resume_takes_later_steps_and_a_torn_line_out(tmp_path):
     with metrics_writer(tmp_path, resume_step=3) as write:
         write(4, {"x": 1.0})
     assert steps_in(path) == [1, 2, 3, 4]
+
+
+def test_a_step_written_twice_keeps_its_last_value():
+    rows = [{"step": 1, "x": 1.0}, {"step": 2, "x": 2.0}, {"step": 1, "x": 3.0}]
+    steps, values = series(rows, "x")
+    assert steps.tolist() == [1, 2]
+    assert values.tolist() == [3.0, 2.0]

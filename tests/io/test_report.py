@@ -9,7 +9,14 @@ import numpy as np
 import pytest
 
 from rlhf_jax.evals import calibration, distribution, rewardbench, rmbench, suite
-from rlhf_jax.io import html, plot_style, plots, report
+from rlhf_jax.io import (
+    evaluation_plots,
+    html,
+    metrics,
+    plot_style,
+    report,
+    training_plots,
+)
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -174,7 +181,7 @@ def test_a_torn_line_is_counted_on_the_page_and_nan_is_a_gap(tmp_path):
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"schema": 1, "step": 6, "train/l')
     assert "1 line could not be read" in report.write_report(tmp_path).read_text()
-    steps, _ = plots.series(rows, "train/loss")
+    steps, _ = metrics.series(rows, "train/loss")
     assert steps.tolist() == [1, 2, 4, 5]
 
 
@@ -194,15 +201,8 @@ def test_the_same_files_give_the_same_page(run_dir):
     assert report.write_report(run_dir).read_bytes() == first
 
 
-def test_a_step_written_twice_keeps_its_last_value():
-    rows = [{"step": 1, "x": 1.0}, {"step": 2, "x": 2.0}, {"step": 1, "x": 3.0}]
-    steps, values = plots.series(rows, "x")
-    assert steps.tolist() == [1, 2]
-    assert values.tolist() == [3.0, 2.0]
-
-
 def test_no_curve_means_no_figure(tmp_path):
-    assert plots.training_curves([{"step": 1}], tmp_path / "x.png") is None
+    assert training_plots.training_curves([{"step": 1}], tmp_path / "x.png") is None
     assert not (tmp_path / "x.png").exists()
 
 
@@ -216,10 +216,10 @@ def test_labels_move_apart_and_keep_their_order():
 
 def test_single_points_and_constant_values_can_be_drawn(tmp_path):
     rows = [{"step": 1, "train/loss": 0.5, "eval/a/loss": 0.5, "eval/b/loss": 0.5}]
-    path = plots.training_curves(rows, tmp_path / "t.png")
+    path = training_plots.training_curves(rows, tmp_path / "t.png")
     assert path.read_bytes().startswith(PNG)
     one = {"words": [3], "reward": [1.0], "chosen": [True]}
-    path = plots.reward_against_length({"a": one}, tmp_path / "l.png")
+    path = evaluation_plots.reward_against_length({"a": one}, tmp_path / "l.png")
     assert path.read_bytes().startswith(PNG)
 
 
@@ -228,14 +228,14 @@ def test_panels_beyond_the_limit_are_said(tmp_path):
     many = {f"s{i}": counts for i in range(plot_style.MAX_PANELS + 2)}
     assert plot_style.shown(many) == list(many)[: plot_style.MAX_PANELS]
     assert plot_style.left_out(many) == "not drawn: s9, s10"
-    plots.reward_histograms(many, tmp_path / "h.png")
+    evaluation_plots.reward_histograms(many, tmp_path / "h.png")
 
 
 def test_plots_leave_matplotlibs_global_state_alone(tmp_path):
     import matplotlib
 
     before = dict(matplotlib.rcParams)
-    plots.grouped_bars({"a": {"x": 0.5}}, tmp_path / "g.png", title="t")
+    evaluation_plots.grouped_bars({"a": {"x": 0.5}}, tmp_path / "g.png", title="t")
     assert dict(matplotlib.rcParams) == before
 
 

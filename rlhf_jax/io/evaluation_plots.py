@@ -1,11 +1,9 @@
-"""Plots as PNG files: what training and evaluation reports show.
+"""Plots of an evaluation: accuracy with its intervals, calibration, rewards.
 
 Each function takes plain numbers and a path, writes one figure and returns the path.
-The look is `plot_style`'s. Lines carry their name at their end instead of a legend
-where there is room.
+The look is `plot_style`'s.
 """
 
-import math
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -15,123 +13,11 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import MaxNLocator
 
 from rlhf_jax.io import plot_style as style
 
-_TITLES = {
-    "loss": "Loss",
-    "accuracy": "Accuracy",
-    "margin": "Margin (chosen − rejected)",
-    "learning_rate": "Learning rate",
-    "grad_norm": "Gradient norm",
-    "tokens_per_s": "Tokens per second",
-}
-_TICKS = {"learning_rate": "{x:.3g}", "tokens_per_s": "{x:,.0f}"}
 _MEDIAN_FROM = 80
 """Points below which a running median would be noise."""
-_SERIES_PREFIXES = ("train/", "perf/", "optim/")
-
-
-def series(
-    rows: Sequence[Mapping[str, Any]], key: str
-) -> tuple[np.ndarray, np.ndarray]:
-    """(steps, values) of one key of metrics rows, where it is a finite number.
-
-    A step written twice keeps its last value.
-    """
-    found = {
-        row["step"]: float(row[key])
-        for row in rows
-        if isinstance(row.get(key), int | float) and math.isfinite(row[key])
-    }
-    steps = sorted(found)
-    return np.array(steps), np.array([found[step] for step in steps])
-
-
-def _panel_keys(
-    rows: Sequence[Mapping[str, Any]], name: str
-) -> list[tuple[str, str, str]]:
-    """(key, label, colour) of the lines of one panel: training first, then each set."""
-    keys = list(dict.fromkeys(key for row in rows for key in row))
-    train = [p + name for p in _SERIES_PREFIXES if p + name in keys][:1]
-    named = [
-        key for key in keys if key.startswith("eval/") and key.endswith(f"/{name}")
-    ]
-    lines = [(key, "train", style.GREY if named else style.BLUE) for key in train]
-    return lines + [
-        (
-            key,
-            key[len("eval/") : -len(name) - 1] or "eval",
-            style.COLOURS[i % len(style.COLOURS)],
-        )
-        for i, key in enumerate(named)
-    ]
-
-
-def training_curves(
-    rows: Sequence[Mapping[str, Any]],
-    path: str | pathlib.Path,
-    *,
-    best_step: int | None = None,
-) -> pathlib.Path | None:
-    """Loss, accuracy, margin, learning rate ... against the step; None without any.
-
-    Args:
-        rows: lines of metrics.jsonl.
-        path: of the PNG.
-        best_step: marked by a dotted line.
-    """
-    panels = {
-        name: [
-            (label, colour, *series(rows, key))
-            for key, label, colour in _panel_keys(rows, name)
-            if len(series(rows, key)[0])
-        ]
-        for name in _TITLES
-    }
-    panels = {name: lines for name, lines in panels.items() if lines}
-    if not panels:
-        return None
-    with matplotlib.rc_context(style.STYLE):
-        figure, axes = style.panel_grid(len(panels), width=3.9)
-        for place, (name, lines) in zip(axes, panels.items(), strict=True):
-            _curve_panel(place, name, lines)
-            if best_step is not None:
-                place.axvline(best_step, color=style.GREY, linewidth=1, linestyle=":")
-        if best_step is not None:
-            axes[0].annotate(
-                "best",
-                (best_step, 1),
-                xycoords=("data", "axes fraction"),
-                xytext=(-3, -2),
-                textcoords="offset points",
-                ha="right",
-                va="top",
-                fontsize=8,
-                color=style.GREY,
-            )
-        return style.save(figure, path)
-
-
-def _curve_panel(axes: Axes, name: str, lines: Sequence[tuple]) -> None:
-    ends = []
-    for label, colour, steps, values in lines:
-        few = len(steps) <= style.LOUD_POINTS
-        if label == "train" and not few and name != "learning_rate":
-            axes.plot(steps, values, color=colour, linewidth=0.7, alpha=0.35)
-            values = style.smooth(values)
-        marker = "o" if len(steps) == 1 or (label != "train" and few) else None
-        axes.plot(steps, values, color=colour, marker=marker, markersize=3.5)
-        ends.append((steps[-1], values[-1], label, colour))
-    axes.set_title(_TITLES[name])
-    axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
-    axes.set_xlabel("step")
-    axes.margins(x=0.02, y=0.08)
-    if name in _TICKS:
-        axes.yaxis.set_major_formatter(_TICKS[name])
-    if len(lines) > 1:
-        style.label_ends(axes, ends)
 
 
 def interval_dots(
@@ -159,29 +45,7 @@ def interval_dots(
         figure = style.new_figure(7.2, 1.15 + 0.42 * len(entries))
         axes = figure.add_subplot()
         for y, entry in enumerate(reversed(entries)):
-            value = entry["value"]
-            low, high = entry.get("low", value), entry.get("high", value)
-            axes.plot([low, high], [y, y], color=style.BLUE, linewidth=3, alpha=0.35)
-            axes.plot(value, y, "o", color=style.BLUE, markersize=7)
-            axes.annotate(
-                f"{value:.3f}",
-                (max(high, value), y),
-                xytext=(6, 0),
-                textcoords="offset points",
-                va="center",
-                fontsize=8.5,
-                color=style.INK,
-            )
-            if entry.get("baseline") is not None:
-                axes.plot(
-                    entry["baseline"],
-                    y,
-                    "D",
-                    mfc="white",
-                    mec=style.VERMILION,
-                    ms=5.5,
-                    mew=1.4,
-                )
+            _interval_dot(axes, y, entry)
         _name_rows(axes, entries)
         if chance is not None:
             axes.axvline(
@@ -197,6 +61,26 @@ def interval_dots(
         axes.set_title(title)
         _dot_legend(figure, entries)
         return style.save(figure, path)
+
+
+def _interval_dot(axes: Axes, y: int, entry: Mapping[str, Any]) -> None:
+    value = entry["value"]
+    low, high = entry.get("low", value), entry.get("high", value)
+    axes.plot([low, high], [y, y], color=style.BLUE, linewidth=3, alpha=0.35)
+    axes.plot(value, y, "o", color=style.BLUE, markersize=7)
+    axes.annotate(
+        f"{value:.3f}",
+        (max(high, value), y),
+        xytext=(6, 0),
+        textcoords="offset points",
+        va="center",
+        fontsize=8.5,
+        color=style.INK,
+    )
+    if entry.get("baseline") is not None:
+        axes.plot(
+            entry["baseline"], y, "D", mfc="white", mec=style.VERMILION, ms=5.5, mew=1.4
+        )
 
 
 def _name_rows(axes: Axes, entries: Sequence[Mapping[str, Any]]) -> None:
@@ -246,26 +130,7 @@ def reliability_curves(
     with matplotlib.rc_context(style.STYLE):
         figure, panels = style.panel_grid(len(names), height=2.9)
         for axes, name in zip(panels, names, strict=True):
-            full = [b for b in curves[name] if b["count"]]
-            total = sum(b["count"] for b in full)
-            # The share of the pairs in each bin, along the bottom.
-            axes.bar(
-                [(b["low"] + b["high"]) / 2 for b in full],
-                [0.2 * b["count"] / total for b in full],
-                width=[0.92 * (b["high"] - b["low"]) for b in full],
-                transform=axes.get_xaxis_transform(),
-                color=style.SKY,
-                alpha=0.4,
-                linewidth=0,
-            )
-            axes.plot([0.5, 1], [0.5, 1], color=style.GREY, linewidth=1, linestyle="--")
-            points = [(b["confidence"], b["accuracy"]) for b in full]
-            axes.plot(
-                *zip(*points, strict=True), color=style.BLUE, marker="o", markersize=4
-            )
-            lowest = min(0.5, *(accuracy for _, accuracy in points))
-            axes.set_xlim(0.49, 1.01)
-            axes.set_ylim(lowest - 0.15 * (1 - lowest), 1.03)
+            _reliability_panel(axes, [b for b in curves[name] if b["count"]])
             ece = f"  ECE {errors[name]:.3f}" if errors and name in errors else ""
             axes.set_title(f"{name}{ece}")
             axes.set_xlabel("confidence")
@@ -281,6 +146,26 @@ def reliability_curves(
             fontsize=8,
         )
         return style.save(figure, path)
+
+
+def _reliability_panel(axes: Axes, bins: Sequence[Mapping[str, float]]) -> None:
+    total = sum(b["count"] for b in bins)
+    # The share of the pairs in each bin, along the bottom.
+    axes.bar(
+        [(b["low"] + b["high"]) / 2 for b in bins],
+        [0.2 * b["count"] / total for b in bins],
+        width=[0.92 * (b["high"] - b["low"]) for b in bins],
+        transform=axes.get_xaxis_transform(),
+        color=style.SKY,
+        alpha=0.4,
+        linewidth=0,
+    )
+    axes.plot([0.5, 1], [0.5, 1], color=style.GREY, linewidth=1, linestyle="--")
+    points = [(b["confidence"], b["accuracy"]) for b in bins]
+    axes.plot(*zip(*points, strict=True), color=style.BLUE, marker="o", markersize=4)
+    lowest = min(0.5, *(accuracy for _, accuracy in points))
+    axes.set_xlim(0.49, 1.01)
+    axes.set_ylim(lowest - 0.15 * (1 - lowest), 1.03)
 
 
 def reward_histograms(
