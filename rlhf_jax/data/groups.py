@@ -15,7 +15,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from rlhf_jax.data.layout import Parts
+from rlhf_jax.data.parts import Parts
 from rlhf_jax.data.plan import Layout, bucket, plan_blocks
 from rlhf_jax.types import Sequences
 

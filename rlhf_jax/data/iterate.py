@@ -24,6 +24,7 @@ import numpy as np
 
 from rlhf_jax.data import layout as layouts
 from rlhf_jax.data.kwise import KwiseDataset, pack_kwise
+from rlhf_jax.data.plan import Layout, Plan, pair_blocks, plan_blocks, row_bucket
 from rlhf_jax.data.shapes import Shapes, choose_shapes
 from rlhf_jax.data.store import ConversationDataset, Group, PairDataset
 
@@ -132,7 +133,7 @@ class Batches:
         shuffle: bool = True,
         epochs: int | None = None,
         accum_steps: int = 1,
-        layout: layouts.Layout = "shared",
+        layout: Layout = "shared",
         row_length: int | None = None,
         rows_multiple_of: int = 1,
         num_shapes: int = 3,
@@ -235,13 +236,13 @@ class Batches:
             return batches[0], stop
         return jax.tree.map(lambda *leaves: np.stack(leaves), *batches), stop
 
-    def _plans(self, groups: list[list[int]]) -> list[layouts.Plan]:
+    def _plans(self, groups: list[list[int]]) -> list[Plan]:
         """A plan for each micro-batch, all of one shape."""
         shapes = self.shapes
         row_length = shapes.row_length
         if row_length is None:  # padded rows: the bucket of the longest
             longest = [self._blocks(group).max(initial=1) for group in groups]
-            row_length = layouts.row_bucket(int(max(longest)))
+            row_length = row_bucket(int(max(longest)))
         plans = [self._plan(group, row_length, shapes.slots) for group in groups]
         if self.layout == "padded":
             per_row = 2 if isinstance(self.dataset, PairDataset) else 1
@@ -251,12 +252,10 @@ class Batches:
         rows = -(-rows // self.rows_multiple_of) * self.rows_multiple_of
         return [dataclasses.replace(plan, rows=rows) for plan in plans]
 
-    def _plan(
-        self, rows: list[int], row_length: int | None, slots: int | None
-    ) -> layouts.Plan:
+    def _plan(self, rows: list[int], row_length: int | None, slots: int | None) -> Plan:
         """The plan of one micro-batch with just the rows it needs."""
         blocks, step = self._blocks(rows), self._per_row
-        return layouts.plan_blocks(
+        return plan_blocks(
             blocks,
             row_length=row_length,
             rows_exact=True,
@@ -271,12 +270,12 @@ class Batches:
     def _blocks(self, rows: list[int]) -> np.ndarray:
         lengths = self.dataset.lengths[np.asarray(rows, np.int64)]
         if isinstance(self.dataset, PairDataset):
-            return layouts.pair_blocks(lengths, self.layout)
+            return pair_blocks(lengths, self.layout)
         return (
             lengths.sum(axis=1) if isinstance(self.dataset, KwiseDataset) else lengths
         )
 
-    def _fill(self, rows: list[int], plan: layouts.Plan) -> Any:
+    def _fill(self, rows: list[int], plan: Plan) -> Any:
         where = {
             "plan": plan,
             "rows_multiple_of": self.rows_multiple_of,

@@ -15,7 +15,7 @@ import numpy as np
 from rlhf_jax.data import rows as shapes
 from rlhf_jax.data.encode import Encoder, Pieces
 from rlhf_jax.data.kwise import KwiseDataset
-from rlhf_jax.data.layout import LAYOUTS
+from rlhf_jax.data.plan import LAYOUTS
 from rlhf_jax.data.rows import Columns
 from rlhf_jax.data.store import (
     ConversationDataset,

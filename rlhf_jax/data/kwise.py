@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from rlhf_jax.data.layout import Parts
+from rlhf_jax.data.parts import Parts
 from rlhf_jax.data.plan import Plan, plan_blocks
 from rlhf_jax.types import GroupBatch
 

@@ -5,10 +5,10 @@
     shared   several blocks [prompt | chosen | rejected] a row: the prompt is computed
              once, and both completions read it through `prefix`
 
-A *block* is what stays together in a row, made of *parts* (one segment each). Blocks
-are placed by best-fit decreasing, so a batch holds exactly the asked pairs; the number
-of rows, the row length and the score slots are rounded up to buckets, so that few
-shapes compile. A block that does not fit a row is an error.
+A *block* is what stays together in a row, made of *parts* (one segment each, `parts`).
+Blocks are placed by best-fit decreasing (`plan`), so a batch holds exactly the asked
+pairs; the number of rows, the row length and the score slots are rounded up to buckets,
+so that few shapes compile. A block that does not fit a row is an error.
 
 Several processes: the plan is made from the lengths of the whole global batch, which
 every process knows, and each fills its slice of the rows and of the pair arrays. The
@@ -22,113 +22,14 @@ from typing import Any, Literal
 import numpy as np
 
 from rlhf_jax.data.encode import EncodedCompletion, EncodedConversation, EncodedPair
-from rlhf_jax.data.plan import (
-    LAYOUTS,
-    MIN_ROW_LENGTH,
-    Layout,
-    Plan,
-    bucket,
-    pair_blocks,
-    plan_blocks,
-    plan_pairs,
-    row_bucket,
-)
+from rlhf_jax.data.parts import Parts
+from rlhf_jax.data.plan import Layout, Plan, plan_blocks, plan_pairs
 from rlhf_jax.types import PAIR_COLUMNS, PreferenceBatch, Sequences
-
-__all__ = [
-    "LAYOUTS",
-    "MIN_ROW_LENGTH",
-    "Layout",
-    "Plan",
-    "bucket",
-    "pack_completions",
-    "pack_conversations",
-    "pack_pairs",
-    "padding_fraction",
-    "pair_blocks",
-    "plan_blocks",
-    "plan_pairs",
-    "row_bucket",
-]
 
 
 def padding_fraction(sequences: Sequences) -> float:
     """The share of the cells of a batch that hold no token."""
     return float(np.mean(np.asarray(sequences.segment) == 0))
-
-
-@dataclasses.dataclass
-class Parts:
-    """Segments to be written, as parallel lists."""
-
-    tokens: list[Any] = dataclasses.field(default_factory=list)
-    row: list[int] = dataclasses.field(default_factory=list)
-    column: list[int] = dataclasses.field(default_factory=list)
-    segment: list[int] = dataclasses.field(default_factory=list)
-    prefix: list[int] = dataclasses.field(default_factory=list)
-    position: list[int] = dataclasses.field(default_factory=list)
-    completion: list[Any] = dataclasses.field(default_factory=list)
-    """True, False, or a mask over the tokens."""
-
-    def add(
-        self,
-        tokens: Any,
-        *,
-        row: int,
-        column: int,
-        segment: int,
-        completion: Any,
-        prefix: int = 0,
-        position: int = 0,
-    ) -> None:
-        self.tokens.append(tokens)
-        self.row.append(row)
-        self.column.append(column)
-        self.segment.append(segment)
-        self.prefix.append(prefix)
-        self.position.append(position)
-        self.completion.append(completion)
-
-    def sequences(self, rows: int, row_length: int, *, pad_id: int) -> Sequences:
-        """All parts in [rows, row_length] arrays, without a loop over tokens."""
-        shape = (rows, row_length)
-        tokens: Any = np.full(shape, pad_id, np.int32)
-        positions: Any = np.zeros(shape, np.int32)
-        segment: Any = np.zeros(shape, np.int32)
-        prefix: Any = np.zeros(shape, np.int32)
-        completion: Any = np.zeros(shape, bool)
-        if self.tokens:
-            sizes = np.array([len(part) for part in self.tokens], np.int64)
-            starts = np.cumsum(sizes) - sizes
-            inside = np.arange(int(sizes.sum())) - np.repeat(starts, sizes)
-            corner = np.asarray(self.row, np.int64) * row_length + self.column
-            cells = np.repeat(corner, sizes) + inside
-            tokens.reshape(-1)[cells] = np.concatenate(
-                [np.asarray(part, np.int32) for part in self.tokens]
-            )
-            positions.reshape(-1)[cells] = inside + np.repeat(self.position, sizes)
-            segment.reshape(-1)[cells] = np.repeat(self.segment, sizes)
-            prefix.reshape(-1)[cells] = np.repeat(self.prefix, sizes)
-            completion.reshape(-1)[cells] = self._masks(sizes)
-        return Sequences(
-            tokens=tokens,
-            positions=positions,
-            segment=segment,
-            completion_mask=completion,
-            prefix=prefix if any(self.prefix) else None,
-        )
-
-    def _masks(self, sizes: np.ndarray) -> np.ndarray:
-        if all(isinstance(mask, bool) for mask in self.completion):
-            return np.repeat(np.asarray(self.completion, bool), sizes)
-        return np.concatenate(
-            [
-                np.full(size, mask)
-                if isinstance(mask, bool)
-                else np.asarray(mask, bool)
-                for mask, size in zip(self.completion, sizes.tolist())
-            ]
-        )
 
 
 def pack_pairs(

@@ -16,6 +16,7 @@ import numpy as np
 
 from rlhf_jax.data import layout
 from rlhf_jax.data.encode import EncodedCompletion
+from rlhf_jax.data.plan import MIN_ROW_LENGTH, bucket, plan_blocks, row_bucket
 from rlhf_jax.types import Sequences
 
 ScoreFn: TypeAlias = Callable[[Sequences, np.ndarray], np.ndarray]
@@ -68,7 +69,7 @@ def _groups(lengths: np.ndarray, row_length: int | None) -> Iterator[_Group]:
     the shorter rows, whose attention costs less.
     """
     longest = int(lengths.max(initial=1))
-    size = layout.row_bucket(longest)
+    size = row_bucket(longest)
     if row_length is not None and longest <= row_length:
         size = row_length
     left = np.arange(len(lengths))
@@ -76,8 +77,8 @@ def _groups(lengths: np.ndarray, row_length: int | None) -> Iterator[_Group]:
         if not len(left):
             return
         slots = max(size // _TOKENS_PER_SLOT, 1)
-        plan = layout.plan_blocks(lengths[left], row_length=size, slots=slots)
-        last = shape == MAX_SHAPES - 1 or size // 2 < layout.MIN_ROW_LENGTH
+        plan = plan_blocks(lengths[left], row_length=size, slots=slots)
+        last = shape == MAX_SHAPES - 1 or size // 2 < MIN_ROW_LENGTH
         keep = np.ones(len(left), bool)
         if row_length is None and not last:
             longest = np.zeros(int(plan.row.max()) + 1, np.int64)
@@ -119,7 +120,7 @@ def scoring_batches(
         raise ValueError(f"completion {empty[0]}: no token to score")
     for size, slots, members, row in _groups(lengths, row_length):
         needed = int(row.max()) + 1
-        rows = min(max(tokens_per_batch // size, 1), layout.bucket(needed, steps=1))
+        rows = min(max(tokens_per_batch // size, 1), bucket(needed, steps=1))
         rows = -(-rows // rows_multiple_of) * rows_multiple_of
         for start in range(0, needed, rows):
             # Best fit never looks at blocks of other rows: these fit `rows` again.

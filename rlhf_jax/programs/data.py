@@ -21,7 +21,7 @@ from rich.text import Text
 from rlhf_jax.data import prepare, sources
 from rlhf_jax.data.encode import Encoder
 from rlhf_jax.data.iterate import Batches
-from rlhf_jax.data.layout import LAYOUTS
+from rlhf_jax.data.plan import LAYOUTS
 from rlhf_jax.data.prepare import DataConfig, PrepareReport
 from rlhf_jax.data.store import ConversationDataset, PairDataset
 

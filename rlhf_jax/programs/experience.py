@@ -22,8 +22,7 @@ from rlhf_jax.data.groups import (
     to_completions,
     to_rows,
 )
-from rlhf_jax.data.layout import row_bucket
-from rlhf_jax.data.plan import Layout
+from rlhf_jax.data.plan import Layout, row_bucket
 from rlhf_jax.programs.rewards import Rewards
 from rlhf_jax.rl import shaping
 from rlhf_jax.types import Experience, PromptBatch, Rollout

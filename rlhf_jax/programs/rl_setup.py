@@ -25,7 +25,7 @@ from rlhf_jax.data import prepare
 from rlhf_jax.data.encode import EncodedPrompt, Encoder
 from rlhf_jax.data.groups import group_row_length
 from rlhf_jax.data.iterate import Order
-from rlhf_jax.data.layout import row_bucket
+from rlhf_jax.data.plan import row_bucket
 from rlhf_jax.data.store import PromptDataset
 from rlhf_jax.io import report
 from rlhf_jax.io.run_dir import mark_finished

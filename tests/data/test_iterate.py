@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from rlhf_jax.data.encode import EncodedConversation
 from rlhf_jax.data.iterate import Batches, Order
-from rlhf_jax.data.layout import LAYOUTS
+from rlhf_jax.data.plan import LAYOUTS
 from rlhf_jax.data.store import ConversationDataset, PairDataset
 from tests.data.test_layout import as_tuples, pairs_of, some_pairs
 

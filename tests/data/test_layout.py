@@ -8,15 +8,12 @@ from hypothesis import strategies as st
 
 from rlhf_jax.data.encode import EncodedCompletion, EncodedConversation, EncodedPair
 from rlhf_jax.data.layout import (
-    LAYOUTS,
-    bucket,
     pack_completions,
     pack_conversations,
     pack_pairs,
     padding_fraction,
-    plan_blocks,
-    row_bucket,
 )
+from rlhf_jax.data.plan import LAYOUTS, bucket, plan_blocks, plan_pairs, row_bucket
 
 
 def some_pairs(count, *, seed=0, longest=30, **columns):
@@ -130,8 +127,6 @@ def test_a_process_reads_only_the_pairs_in_its_rows():
         def __getitem__(self, n):
             read.add(n)
             return pairs[n]
-
-    from rlhf_jax.data.layout import plan_pairs
 
     lengths = np.array([[len(p.prompt), len(p.chosen), len(p.rejected)] for p in pairs])
     plan = plan_pairs(lengths, rows_multiple_of=4, row_length=96)
