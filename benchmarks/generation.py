@@ -33,7 +33,7 @@ from peer import Peer, require_peer
 from rich.console import Console
 from rich.table import Table
 
-from rlhf_jax.data.encode import EncodedPrompt
+from rlhf_jax.data.encoded import EncodedPrompt
 from rlhf_jax.io.peak import measured_flops
 from rlhf_jax.models.config import LlamaConfig
 from rlhf_jax.models.flops import train_flops

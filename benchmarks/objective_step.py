@@ -23,7 +23,7 @@ from rich.table import Table
 from rlhf_jax.algorithms.meta_reward import meta_objective, spread_objective
 from rlhf_jax.algorithms.reward_model import reward_apply, reward_objective
 from rlhf_jax.algorithms.update import init_state, make_update
-from rlhf_jax.data.encode import EncodedPair
+from rlhf_jax.data.encoded import EncodedPair
 from rlhf_jax.data.kwise import EncodedKwise, pack_kwise
 from rlhf_jax.data.layout import pack_pairs
 from rlhf_jax.losses.regularizers import batch_sum_to_zero

@@ -31,7 +31,7 @@ from rich.table import Table
 
 from rlhf_jax.algorithms.reward_model import reward_objective
 from rlhf_jax.algorithms.update import init_state, make_evaluate, make_update
-from rlhf_jax.data.encode import EncodedPair
+from rlhf_jax.data.encoded import EncodedPair
 from rlhf_jax.data.layout import pack_pairs
 from rlhf_jax.io.peak import measured_flops
 from rlhf_jax.models.config import ComputeConfig, LlamaConfig

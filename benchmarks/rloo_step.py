@@ -40,7 +40,7 @@ from rlhf_jax.algorithms.optimizer import (
     make_optimizer,
     make_schedule,
 )
-from rlhf_jax.data.encode import EncodedCompletion
+from rlhf_jax.data.encoded import EncodedCompletion
 from rlhf_jax.data.iterate import Order
 from rlhf_jax.data.plan import LAYOUTS, Layout
 from rlhf_jax.data.prepare import DataConfig

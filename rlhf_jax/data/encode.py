@@ -1,5 +1,6 @@
 """THE encode path: from (prompt, completion) to token ids, for training, evaluation,
-scoring, serving and RL alike. Nothing else in the package turns text into ids.
+scoring, serving and RL alike. Nothing else in the package turns text into ids; `turns`
+makes the text and `pieces` the ids for it.
 
     encoder = Encoder(tokenizer)
     encoder.prompt(prompt)              ids up to and with the assistant's header
@@ -28,73 +29,22 @@ if it has one).
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Iterable, Sequence
-from typing import Any, Literal, TypeAlias
-
-import numpy as np
+from collections.abc import Sequence
+from typing import Any, Literal
 
 from rlhf_jax.data import templates
+from rlhf_jax.data.encoded import (
+    EncodedCompletion,
+    EncodedConversation,
+    EncodedPair,
+    Ids,
+)
 from rlhf_jax.data.messages import as_messages, check_text, is_hh
+from rlhf_jax.data.pieces import Pieces, PieceTokenizer
 from rlhf_jax.data.turns import Chat, Plain, Prompt
 
-Ids: TypeAlias = list[int] | np.ndarray
 VERSION = 1
 """Part of every cache key: raise it when the ids of some row change."""
-
-
-@dataclasses.dataclass
-class EncodedCompletion:
-    """A prompt and one answer; `completion` ends with the end token."""
-
-    prompt: Ids
-    completion: Ids
-
-
-@dataclasses.dataclass
-class EncodedPair:
-    """A prompt and two answers; ids are lists or int32 arrays (views of a store)."""
-
-    prompt: Ids
-    chosen: Ids
-    rejected: Ids
-    margin: float | None = None
-    soft_label: float | None = None
-    gap_bound: float | None = None
-    weight: float = 1.0
-    where: str = ""
-
-
-@dataclasses.dataclass
-class EncodedPrompt:
-    """A prompt to be continued."""
-
-    tokens: Ids
-    prompt: Prompt
-    """As text or messages: what a reward reads."""
-    row: dict[str, Any]
-    """The data row; its other columns reach reward functions."""
-    where: str = ""
-
-
-@dataclasses.dataclass
-class EncodedConversation:
-    """A conversation to train on: True in the mask = a token the assistant wrote."""
-
-    tokens: Ids
-    completion_mask: list[bool] | np.ndarray
-    where: str = ""
-
-
-@dataclasses.dataclass(frozen=True)
-class Pieces:
-    """Texts of one sequence in order, and which of them the assistant wrote."""
-
-    texts: tuple[str, ...]
-    written: tuple[bool, ...]
-    ends: bool = False
-    """Whether the last piece must end with the end token."""
-    first: bool = True
-    """Whether the first text opens the sequence (BOS, prefix space)."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -271,7 +221,7 @@ class Encoder:
         piece = self._style.completion(rendered, prompt, last, tools)
         return Pieces((piece,), (True,), ends=True, first=False)
 
-    # Ids: many sequences at a time, which the tokenizer does in parallel.
+    # Ids, of many sequences at a time.
 
     def ids(self, sequences: Sequence[Pieces]) -> list[list[int]]:
         """Ids of each sequence."""
@@ -281,90 +231,7 @@ class Encoder:
         self, sequences: Sequence[Pieces]
     ) -> list[tuple[list[int], list[bool]]]:
         """(ids, mask of what the assistant wrote) of each sequence."""
-        texts = [
-            (text, pieces.first and here == 0)
-            for pieces in sequences
-            for here, text in enumerate(pieces.texts)
-        ]
-        encoded = iter(self._encode(texts))
-        results = []
-        for pieces in sequences:
-            ids: list[int] = []
-            mask: list[bool] = []
-            for written in pieces.written:
-                piece = next(encoded)
-                ids += piece
-                mask += [written] * len(piece)
-            if pieces.ends and (not ids or ids[-1] != self.eos_id):
-                ids.append(self.eos_id)
-                mask.append(True)
-            results.append((ids, mask))
-        return results
-
-    def _encode(self, texts: Iterable[tuple[str, bool]]) -> list[list[int]]:
-        """Ids of texts; the flag says that a text opens its sequence."""
-        texts = list(texts)
-        anchor, before = self._anchor
-        encoded = self._raw([text if first else anchor + text for text, first in texts])
-        results = []
-        for ids, (text, first) in zip(encoded, texts):
-            if first:
-                results.append(self._with_bos(ids))
-            elif ids[: len(before)] == before:
-                results.append(ids[len(before) :])
-            else:  # the text's first characters join the anchor's line break
-                results.append(self._raw([text])[0])
-        return results
-
-    def _raw(self, texts: list[str]) -> list[list[int]]:
-        """What the tokenizer makes of texts, without special tokens of its own."""
-        if not texts:
-            return []
-        return self.tokenizer(
-            texts,
-            add_special_tokens=False,
-            return_attention_mask=False,
-            return_token_type_ids=False,
-            verbose=False,
-        )["input_ids"]
-
-    def _with_bos(self, ids: list[int]) -> list[int]:
-        bos = self.bos_id
-        if bos is None:
-            return ids
-        start = 0
-        while ids[start : start + 2] == [bos, bos]:
-            start += 1
-        if self._adds_bos and ids[:1] != [bos]:
-            return [bos, *ids]
-        return ids[start:]
-
-    @functools.cached_property
-    def _anchor(self) -> tuple[str, list[int]]:
-        """Text whose ids are cut off again, so that what follows gets no prefix space.
-
-        A special token never joins what follows. Some tokenizers put a prefix space
-        after it all the same; then a line break stands between.
-        """
-        bos, eos = self.tokenizer.bos_token, self.tokenizer.eos_token
-        for token in (bos, eos, self._style.end):
-            if token is None:
-                continue
-            ids, alone, line, inside = self._raw(
-                [token, f"{token}a", f"{token}\n", f"{token}\na"]
-            )
-            if len(ids) == 1:
-                prefixed = alone[1:] != inside[len(line) :]
-                return (f"{token}\n", line) if prefixed else (token, ids)
-        return "", []
-
-    @functools.cached_property
-    def _adds_bos(self) -> bool:
-        if self.bos_id is None:
-            return False
-        if isinstance(self._style, Plain):
-            return True
-        return self.tokenizer("a")["input_ids"][:1] == [self.bos_id]
+        return self._pieces.masked_ids(sequences)
 
     # What others need to know.
 
@@ -373,10 +240,10 @@ class Encoder:
         """Id of the beginning-of-sequence token, if there is one."""
         return self.tokenizer.bos_token_id
 
-    @functools.cached_property
+    @property
     def eos_id(self) -> int:
         """Id of the token that ends a completion: where sampling stops."""
-        return self.tokenizer.convert_tokens_to_ids(self._style.end)
+        return self._pieces.eos_id
 
     @property
     def pad_id(self) -> int:
@@ -418,6 +285,11 @@ class Encoder:
         digest.update(repr(sorted(self.tokenizer.special_tokens_map.items())).encode())
         digest.update(self._style.key.encode("utf-8", "surrogatepass"))
         return digest.hexdigest()[:32]
+
+    @functools.cached_property
+    def _pieces(self) -> PieceTokenizer:
+        plain = isinstance(self._style, Plain)
+        return PieceTokenizer(self.tokenizer, self._style.end, always_bos=plain)
 
     @functools.cached_property
     def _style(self) -> Chat | Plain:

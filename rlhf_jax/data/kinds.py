@@ -13,8 +13,9 @@ from typing import Any, Generic, Literal, TypeVar
 import numpy as np
 
 from rlhf_jax.data import rows as shapes
-from rlhf_jax.data.encode import Encoder, Pieces
+from rlhf_jax.data.encode import Encoder
 from rlhf_jax.data.kwise import KwiseDataset
+from rlhf_jax.data.pieces import Pieces
 from rlhf_jax.data.plan import LAYOUTS
 from rlhf_jax.data.rows import Columns
 from rlhf_jax.data.store import (

@@ -21,7 +21,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from rlhf_jax.data.encode import EncodedCompletion, EncodedConversation, EncodedPair
+from rlhf_jax.data.encoded import EncodedCompletion, EncodedConversation, EncodedPair
 from rlhf_jax.data.parts import Parts
 from rlhf_jax.data.plan import Layout, Plan, plan_blocks, plan_pairs
 from rlhf_jax.types import PAIR_COLUMNS, PreferenceBatch, Sequences

@@ -30,7 +30,7 @@ import numpy as np
 
 from rlhf_jax.data import sources, specs
 from rlhf_jax.data.cache import Cache
-from rlhf_jax.data.encode import Encoder, Pieces
+from rlhf_jax.data.encode import Encoder
 from rlhf_jax.data.kinds import (
     CONVERSATIONS,
     KWISE,
@@ -42,6 +42,7 @@ from rlhf_jax.data.kinds import (
     Kind,
 )
 from rlhf_jax.data.kwise import KwiseDataset
+from rlhf_jax.data.pieces import Pieces
 from rlhf_jax.data.rows import RowError
 from rlhf_jax.data.store import ConversationDataset, Group, PairDataset, PromptDataset
 

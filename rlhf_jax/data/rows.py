@@ -18,8 +18,8 @@ import math
 import numbers
 from typing import Any
 
-from rlhf_jax.data.encode import Prompt
 from rlhf_jax.data.messages import Message, as_messages, check_text, describe, is_hh
+from rlhf_jax.data.turns import Prompt
 
 
 @dataclasses.dataclass(frozen=True)

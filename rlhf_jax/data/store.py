@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from rlhf_jax.data.encode import EncodedConversation, EncodedPair, EncodedPrompt
+from rlhf_jax.data.encoded import EncodedConversation, EncodedPair, EncodedPrompt
 from rlhf_jax.types import PAIR_COLUMNS
 
 Group = tuple[int, int, float]

@@ -2,7 +2,7 @@
 
 Both styles have the same four: `prompt` cuts the text before an answer at the borders
 of the assistant's turns, `completion` is the text of an answer up to its end token,
-`end` is that token and `key` says what decides the text. `encode` turns the pieces into
+`end` is that token and `key` says what decides the text. `pieces` turns the pieces into
 ids.
 """
 

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 
 from rlhf_jax.data import layout
-from rlhf_jax.data.encode import EncodedCompletion
+from rlhf_jax.data.encoded import EncodedCompletion
 from rlhf_jax.data.plan import MIN_ROW_LENGTH, bucket, plan_blocks, row_bucket
 from rlhf_jax.types import Sequences
 

@@ -17,7 +17,8 @@ import numpy as np
 from rlhf_jax.algorithms.hotflip import CHUNK, make_flips
 from rlhf_jax.curation.seam.attack import Flip, Tokens, attack
 from rlhf_jax.data import layout
-from rlhf_jax.data.encode import EncodedCompletion, Encoder
+from rlhf_jax.data.encode import Encoder
+from rlhf_jax.data.encoded import EncodedCompletion
 from rlhf_jax.data.plan import row_bucket
 from rlhf_jax.programs import models
 from rlhf_jax.programs.rewards import kind_of

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from rlhf_jax.data import rows, sources, specs
-from rlhf_jax.data.encode import EncodedCompletion
+from rlhf_jax.data.encoded import EncodedCompletion
 from rlhf_jax.programs import scored_rows
 from rlhf_jax.programs.scorer import Refusal, Scorer
 

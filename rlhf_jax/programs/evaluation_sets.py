@@ -15,7 +15,7 @@ from typing import Any, Literal
 import numpy as np
 
 from rlhf_jax.data import sources
-from rlhf_jax.data.encode import EncodedCompletion
+from rlhf_jax.data.encoded import EncodedCompletion
 from rlhf_jax.data.rows import Columns
 from rlhf_jax.evals import contrast_instructions as contrast
 from rlhf_jax.evals import hidden_states

@@ -14,7 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rlhf_jax.data.encode import EncodedPrompt, Encoder
+from rlhf_jax.data.encode import Encoder
+from rlhf_jax.data.encoded import EncodedPrompt
 from rlhf_jax.data.groups import (
     Group,
     PackedGroups,

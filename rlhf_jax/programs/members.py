@@ -19,7 +19,7 @@ import numpy as np
 import optax
 
 from rlhf_jax.algorithms.update import Objective, init_state, make_update
-from rlhf_jax.data.encode import EncodedCompletion
+from rlhf_jax.data.encoded import EncodedCompletion
 from rlhf_jax.data.iterate import Batches
 from rlhf_jax.data.shapes import Shapes
 from rlhf_jax.data.store import PairDataset

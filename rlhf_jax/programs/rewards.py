@@ -30,7 +30,8 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 
-from rlhf_jax.data.encode import EncodedCompletion, Encoder
+from rlhf_jax.data.encode import Encoder
+from rlhf_jax.data.encoded import EncodedCompletion
 from rlhf_jax.data.messages import describe
 from rlhf_jax.programs.http_scorer import HttpScorer
 from rlhf_jax.programs.reward_functions import open_function, quoted

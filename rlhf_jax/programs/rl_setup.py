@@ -22,7 +22,8 @@ from rlhf_jax import config as configs
 from rlhf_jax.algorithms.policy import policy_apply
 from rlhf_jax.algorithms.update import join_trees
 from rlhf_jax.data import prepare
-from rlhf_jax.data.encode import EncodedPrompt, Encoder
+from rlhf_jax.data.encode import Encoder
+from rlhf_jax.data.encoded import EncodedPrompt
 from rlhf_jax.data.groups import group_row_length
 from rlhf_jax.data.iterate import Order
 from rlhf_jax.data.plan import row_bucket

@@ -18,7 +18,7 @@ from typing import IO, Any
 import numpy as np
 
 from rlhf_jax.data import sources
-from rlhf_jax.data.encode import EncodedCompletion
+from rlhf_jax.data.encoded import EncodedCompletion
 from rlhf_jax.data.rows import Columns
 from rlhf_jax.programs import scored_rows
 from rlhf_jax.programs.scored_rows import Job

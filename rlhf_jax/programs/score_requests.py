@@ -12,8 +12,10 @@ import json
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from rlhf_jax.data.encode import EncodedCompletion, Encoder, Pieces
+from rlhf_jax.data.encode import Encoder
+from rlhf_jax.data.encoded import EncodedCompletion
 from rlhf_jax.data.messages import as_messages, check_text, describe, is_hh, parse_hh
+from rlhf_jax.data.pieces import Pieces
 from rlhf_jax.programs.scorer import Refusal, Scorer
 
 

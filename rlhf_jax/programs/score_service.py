@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from rlhf_jax.data.encode import EncodedCompletion
+from rlhf_jax.data.encoded import EncodedCompletion
 from rlhf_jax.programs.score_requests import Item, Refused, encode_items
 from rlhf_jax.programs.scorer import Scorer
 

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from rlhf_jax.data import rows, sources
-from rlhf_jax.data.encode import EncodedCompletion
+from rlhf_jax.data.encoded import EncodedCompletion
 from rlhf_jax.programs.scorer import Refusal, Scorer
 
 REWARD_COLUMNS = {

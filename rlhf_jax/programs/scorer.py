@@ -17,7 +17,8 @@ import jax
 import numpy as np
 
 from rlhf_jax.curation import ensemble
-from rlhf_jax.data.encode import EncodedCompletion, Encoder
+from rlhf_jax.data.encode import Encoder
+from rlhf_jax.data.encoded import EncodedCompletion
 from rlhf_jax.evals import scoring
 from rlhf_jax.losses import statistics
 from rlhf_jax.models.config import ComputeConfig, LlamaConfig

@@ -18,7 +18,7 @@ from typing import Any, Literal
 import numpy as np
 
 from rlhf_jax.curation.seam import contrast, perturb
-from rlhf_jax.data.encode import EncodedCompletion
+from rlhf_jax.data.encoded import EncodedCompletion
 from rlhf_jax.data.rows import RowError
 from rlhf_jax.io import progress
 from rlhf_jax.programs.adversary import AttackConfig, open_adversary

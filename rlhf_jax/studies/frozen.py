@@ -29,7 +29,7 @@ from rlhf_jax.algorithms.optimizer import (
 from rlhf_jax.algorithms.reward_model import reward_objective
 from rlhf_jax.algorithms.update import init_state, make_update
 from rlhf_jax.data import prepare, sources, specs
-from rlhf_jax.data.encode import EncodedCompletion
+from rlhf_jax.data.encoded import EncodedCompletion
 from rlhf_jax.data.prepare import DataConfig
 from rlhf_jax.data.rows import KwiseRow, kwise_row
 from rlhf_jax.programs import members, sft, training

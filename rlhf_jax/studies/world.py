@@ -26,7 +26,8 @@ from rlhf_jax.algorithms.optimizer import (
 )
 from rlhf_jax.algorithms.reward_model import reward_apply
 from rlhf_jax.algorithms.update import Objective
-from rlhf_jax.data.encode import EncodedCompletion, Encoder
+from rlhf_jax.data.encode import Encoder
+from rlhf_jax.data.encoded import EncodedCompletion
 from rlhf_jax.data.iterate import Batches
 from rlhf_jax.data.prepare import make_encoder
 from rlhf_jax.data.shapes import Shapes

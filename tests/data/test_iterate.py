@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlhf_jax.data.encode import EncodedConversation
+from rlhf_jax.data.encoded import EncodedConversation
 from rlhf_jax.data.iterate import Batches, Order
 from rlhf_jax.data.plan import LAYOUTS
 from rlhf_jax.data.store import ConversationDataset, PairDataset

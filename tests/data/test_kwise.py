@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from rlhf_jax.algorithms.reward_model import group_values
-from rlhf_jax.data.encode import EncodedPair
+from rlhf_jax.data.encoded import EncodedPair
 from rlhf_jax.data.iterate import Batches
 from rlhf_jax.data.kwise import EncodedKwise, pack_kwise
 from rlhf_jax.data.layout import pack_pairs

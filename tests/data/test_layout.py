@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlhf_jax.data.encode import EncodedCompletion, EncodedConversation, EncodedPair
+from rlhf_jax.data.encoded import EncodedCompletion, EncodedConversation, EncodedPair
 from rlhf_jax.data.layout import (
     pack_completions,
     pack_conversations,

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from rlhf_jax import testing
-from rlhf_jax.data.encode import EncodedCompletion
+from rlhf_jax.data.encoded import EncodedCompletion
 from rlhf_jax.data.layout import pack_completions
 from rlhf_jax.evals import scoring
 

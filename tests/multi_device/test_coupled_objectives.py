@@ -20,7 +20,7 @@ from rlhf_jax.algorithms.reward_model import (
     reward_objective,
     reward_states_apply,
 )
-from rlhf_jax.data.encode import EncodedPair
+from rlhf_jax.data.encoded import EncodedPair
 from rlhf_jax.data.iterate import Batches
 from rlhf_jax.data.kwise import KwiseDataset
 from rlhf_jax.data.store import PairDataset, flatten

@@ -6,7 +6,7 @@ import optax
 import pytest
 
 from rlhf_jax.algorithms.reward_model import reward_apply, reward_objective
-from rlhf_jax.data.encode import EncodedPair
+from rlhf_jax.data.encoded import EncodedPair
 from rlhf_jax.data.iterate import Batches
 from rlhf_jax.data.store import PairDataset
 from rlhf_jax.models.heads import RewardModel, init_head_model

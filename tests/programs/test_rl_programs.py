@@ -19,7 +19,8 @@ from rlhf_jax.algorithms import ppo as ppo_algorithm
 from rlhf_jax.algorithms.policy import policy_apply
 from rlhf_jax.algorithms.sft import sft_objective
 from rlhf_jax.algorithms.update import init_state, make_update
-from rlhf_jax.data.encode import EncodedCompletion, Encoder
+from rlhf_jax.data.encode import Encoder
+from rlhf_jax.data.encoded import EncodedCompletion
 from rlhf_jax.data.tokenizers import save_tokenizer
 from rlhf_jax.evals.verifiable import exact_number
 from rlhf_jax.io.checkpoint import load_params
