@@ -11,8 +11,8 @@ from safetensors.numpy import load_file, save_file
 
 from rlhf_jax.models import hf, tensors
 from rlhf_jax.models.config import ComputeConfig, Llama3Scaling
-from rlhf_jax.models.llama import Llama, unrolled
-from rlhf_jax.models.parameters import param_specs
+from rlhf_jax.models.llama import Llama
+from rlhf_jax.models.parameters import param_specs, unrolled
 from rlhf_jax.sharding import MeshConfig, ShardingRules, make_mesh, shardings
 from rlhf_jax.testing import tiny_config
 from rlhf_jax.types import Sequences

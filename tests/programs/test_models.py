@@ -11,8 +11,8 @@ from rlhf_jax.data import tokenizers
 from rlhf_jax.io import run_dir
 from rlhf_jax.models import hf, tensors
 from rlhf_jax.models.config import ComputeConfig, LoraConfig
-from rlhf_jax.models.llama import unrolled
 from rlhf_jax.models.lora import merge_lora, split_params
+from rlhf_jax.models.parameters import unrolled
 from rlhf_jax.programs import models
 from rlhf_jax.sharding import MeshConfig, make_mesh
 from rlhf_jax.testing import tiny_config, tiny_tokenizer
