@@ -7,9 +7,10 @@ Prompts are encoded once; their keys are shared by the G samples of each. A loop
 draws one token a row until every row has stopped. The last prompt token is the first
 input of that loop, so that the first draw is a step like the others.
 
-Rows live in *slots*. With `slots=0` each completion has one and nothing moves. With
-fewer slots than completions, those that have stopped are handed to waiting completions
-whenever enough are free, so that the throughput does not hang on the longest.
+Rows live in *slots* (slots.py). With `slots=0` each completion has one and nothing
+moves. With fewer slots than completions, those that have stopped are handed to waiting
+completions whenever enough are free, so that the throughput does not hang on the
+longest.
 
 The noise of a draw is a function of (key, completion, place in it) alone. So neither
 the number of slots, nor their order, nor the devices change what is drawn, but for
@@ -22,7 +23,6 @@ from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
-from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
 from rlhf_jax.models import decode
@@ -33,7 +33,9 @@ from rlhf_jax.models.llama import Llama
 from rlhf_jax.models.lora import merge_lora
 from rlhf_jax.models.parameters import param_specs, unrolled
 from rlhf_jax.models.tensors import is_stacked
+from rlhf_jax.sampling import slots as slots_lib
 from rlhf_jax.sampling import warp
+from rlhf_jax.sampling.slots import Prompts, Slots
 from rlhf_jax.sharding import ShardingRules
 from rlhf_jax.types import PromptBatch, Rollout, Sequences
 
@@ -92,37 +94,6 @@ class SamplingConfig:
             raise ValueError(f"sampling.top_p: expected at most 1, got {self.top_p}")
 
 
-@struct.dataclass
-class _Slots:
-    """What the loop carries: S slots and the M completions written so far."""
-
-    cache: DecodeCache
-    item: Int[Array, "S"]
-    """The completion in each slot; M = none."""
-    count: Int[Array, "S"]
-    """Tokens drawn for it so far."""
-    token: Int[Array, "S"]
-    """Input of the next step: the last prompt token or the last one drawn."""
-    position: Int[Array, "S"]
-    """Position of `token`."""
-    active: Bool[Array, "S"]
-    waiting: Int[Array, ""]
-    """The next completion without a slot."""
-    seen: Bool[Array, "S V"] | None
-    """Tokens used before; None without a repetition penalty."""
-    drawn: Rollout
-
-
-@struct.dataclass
-class _Prompts:
-    """Encoded prompts."""
-
-    last: Int[Array, "B"]
-    """The last token of each."""
-    length: Int[Array, "B"]
-    seen: Bool[Array, "B V"] | None
-
-
 def make_generate(
     model: Llama,
     config: SamplingConfig,
@@ -162,24 +133,31 @@ def make_generate(
         rules=rules,
     )
 
+    sizes = {
+        "num_samples": config.num_samples,
+        "max_new_tokens": config.max_new_tokens,
+    }
+
     def generate(params: Any, prompts: PromptBatch, key: jax.Array) -> Rollout:
         params = _decoder_params(params, model, rules)
         encoded, cache = _prefill(decoder, params, prompts, config)
         total = len(prompts.tokens) * config.num_samples
         step = _make_step(decoder, params, config, jnp.array(stop_ids), key)
         if not 0 < config.slots < total:
-            slots = _fill_all(encoded, cache, total, config)
+            slots = slots_lib.fill_all(encoded, cache, **sizes)
             slots = jax.lax.while_loop(lambda s: s.active.any(), step, slots)
             return slots.drawn
-        slots = _empty(cache, total, vocab, config)
+        slots = slots_lib.empty(encoded, cache, slots=config.slots, **sizes)
         most_free = config.slots - -(-config.slots // REFILL)
 
-        def busy(slots: _Slots) -> Bool[Array, ""]:
+        def busy(slots: Slots) -> Bool[Array, ""]:
             enough = jnp.sum(slots.active) > most_free
             return slots.active.any() & (enough | (slots.waiting >= total))
 
-        def fill_and_run(slots: _Slots) -> _Slots:
-            slots = _refill(slots, encoded, cache, total, config)
+        def fill_and_run(slots: Slots) -> Slots:
+            slots = slots_lib.refill(
+                slots, encoded, cache, num_samples=config.num_samples
+            )
             return jax.lax.while_loop(busy, step, slots)
 
         more = lambda s: s.active.any() | (s.waiting < total)  # noqa: E731
@@ -208,7 +186,7 @@ def _decoder_params(params: Any, model: Llama, rules: ShardingRules) -> Any:
 
 def _prefill(
     decoder: Llama, params: Any, prompts: PromptBatch, config: SamplingConfig
-) -> tuple[_Prompts, DecodeCache]:
+) -> tuple[Prompts, DecodeCache]:
     """The prompts, and a cache with G empty rings behind each."""
     rows, width = prompts.tokens.shape
     mask = prompts.mask
@@ -239,117 +217,7 @@ def _prefill(
         num_samples=config.num_samples,
         columns=config.max_new_tokens,
     )
-    return _Prompts(last=last, length=length, seen=seen), cache
-
-
-def _blank(total: int, config: SamplingConfig) -> Rollout:
-    shape = (total, config.max_new_tokens)
-    return Rollout(
-        tokens=jnp.zeros(shape, jnp.int32),
-        mask=jnp.zeros(shape, bool),
-        stopped=jnp.zeros(total, bool),
-        logprobs=jnp.zeros(shape),
-        policy_logprobs=jnp.zeros(shape),
-        sampling_logprobs=jnp.zeros(shape),
-    )
-
-
-def _fill_all(
-    prompts: _Prompts, cache: DecodeCache, total: int, config: SamplingConfig
-) -> _Slots:
-    """One slot for each completion; the G slots of a prompt share its keys."""
-
-    def spread(x: jax.Array) -> jax.Array:
-        return jnp.repeat(x, config.num_samples, axis=0)
-
-    return _Slots(
-        cache=cache,
-        item=jnp.arange(total),
-        count=jnp.zeros(total, jnp.int32),
-        token=spread(prompts.last),
-        position=spread(prompts.length) - 1,
-        active=jnp.ones(total, bool),
-        waiting=jnp.int32(total),
-        seen=None if prompts.seen is None else spread(prompts.seen),
-        drawn=_blank(total, config),
-    )
-
-
-def _empty(
-    cache: DecodeCache, total: int, vocab: int, config: SamplingConfig
-) -> _Slots:
-    """Free slots, with room for a prompt's keys in each."""
-    slots = config.slots
-
-    def room(x: jax.Array) -> jax.Array:
-        return jnp.zeros((slots, *x.shape[1:]), x.dtype)
-
-    nothing = DecodeCache(
-        layers=jax.tree.map(room, cache.layers),
-        prompt_positions=room(cache.prompt_positions) - 1,
-        positions=room(cache.positions) - 1,
-        column=cache.column,
-    )
-    zeros = jnp.zeros(slots, jnp.int32)
-    penalised = config.repetition_penalty != 1
-    seen = jnp.zeros((slots, vocab), bool) if penalised else None
-    return _Slots(
-        cache=nothing,
-        item=zeros + total,
-        count=zeros,
-        token=zeros,
-        position=zeros,
-        active=jnp.zeros(slots, bool),
-        waiting=jnp.int32(0),
-        seen=seen,
-        drawn=_blank(total, config),
-    )
-
-
-def _refill(
-    slots: _Slots,
-    prompts: _Prompts,
-    pool: DecodeCache,
-    total: int,
-    config: SamplingConfig,
-) -> _Slots:
-    """Hands the free slots to waiting completions, in their order."""
-    free = ~slots.active
-    claimed = slots.waiting + jnp.cumsum(free) - 1
-    fresh = free & (claimed < total)
-    item = jnp.where(fresh, claimed, jnp.where(free, total, slots.item))
-    prompt = jnp.where(fresh, item, 0) // config.num_samples
-
-    def take(new: Any, old: jax.Array) -> jax.Array:
-        where = fresh.reshape(-1, *(1,) * (old.ndim - 1))
-        return jnp.where(where, new[prompt], old)
-
-    old = slots.cache
-    layers = tuple(
-        dataclasses.replace(
-            here,
-            prompt_keys=take(there.prompt_keys, here.prompt_keys),
-            prompt_values=take(there.prompt_values, here.prompt_values),
-        )
-        for here, there in zip(old.layers, pool.layers, strict=True)
-    )
-    cache = dataclasses.replace(
-        old,
-        layers=layers,
-        prompt_positions=take(pool.prompt_positions, old.prompt_positions),
-        positions=jnp.where(fresh[:, None], -1, old.positions),
-    )
-    return dataclasses.replace(
-        slots,
-        cache=cache,
-        item=item,
-        count=jnp.where(fresh, 0, slots.count),
-        token=take(prompts.last, slots.token),
-        position=take(prompts.length - 1, slots.position),
-        active=slots.active | fresh,
-        waiting=slots.waiting + jnp.sum(free, dtype=jnp.int32),
-        seen=None if slots.seen is None else take(prompts.seen, slots.seen),
-    )
+    return Prompts(last=last, length=length, seen=seen), cache
 
 
 def _make_step(
@@ -358,10 +226,10 @@ def _make_step(
     config: SamplingConfig,
     stop_ids: Int[Array, "n"],
     key: jax.Array,
-) -> Callable[[_Slots], _Slots]:
+) -> Callable[[Slots], Slots]:
     """One token for every active slot."""
 
-    def step(slots: _Slots) -> _Slots:
+    def step(slots: Slots) -> Slots:
         sequences = Sequences(
             tokens=slots.token[:, None],
             positions=slots.position[:, None],
@@ -374,7 +242,7 @@ def _make_step(
         token, *logprobs = _choose(logits, slots, config, stop_ids, key)
         count = slots.count + 1
         stopped = jnp.isin(token, stop_ids)
-        drawn = _record(slots, token, stopped, logprobs)
+        drawn = slots_lib.record(slots, token, stopped, logprobs)
         seen = slots.seen
         if seen is not None:
             seen = seen.at[jnp.arange(len(token)), token].set(True)
@@ -394,7 +262,7 @@ def _make_step(
 
 def _choose(
     logits: Float[Array, "S V"],
-    slots: _Slots,
+    slots: Slots,
     config: SamplingConfig,
     stop_ids: Int[Array, "n"],
     key: jax.Array,
@@ -444,25 +312,3 @@ def _noise(
         )
 
     return jax.vmap(one)(item, count)
-
-
-def _record(
-    slots: _Slots,
-    token: Int[Array, "S"],
-    stopped: Bool[Array, "S"],
-    logprobs: list[Float[Array, "S"]],
-) -> Rollout:
-    """The completions with one more token in those of the active slots."""
-    drawn = slots.drawn
-    item = jnp.where(slots.active, slots.item, len(drawn.stopped))
-    at = (item, slots.count)
-    put = lambda array, new: array.at[at].set(new, mode="drop")  # noqa: E731
-    tempered, plain, sampling = logprobs
-    return Rollout(
-        tokens=put(drawn.tokens, token),
-        mask=put(drawn.mask, True),
-        stopped=drawn.stopped.at[item].set(stopped, mode="drop"),
-        logprobs=put(drawn.logprobs, tempered),
-        policy_logprobs=put(drawn.policy_logprobs, plain),
-        sampling_logprobs=put(drawn.sampling_logprobs, sampling),
-    )
