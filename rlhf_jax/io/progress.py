@@ -1,5 +1,5 @@
 """Progress of a run on the terminal: a rich bar, or plain lines where there is no
-terminal."""
+terminal; and `say`, one line."""
 
 import contextlib
 import sys
@@ -52,6 +52,11 @@ def rl_bar(
 ) -> contextlib.AbstractContextManager[Bar]:
     """A bar with rewards, KL, entropy, completion length and time left."""
     return _bar(title, steps, start, describe_rl)
+
+
+def say(text: str) -> None:
+    """One line for the person who watches, on stderr."""
+    Console(file=sys.stderr, highlight=False).print(text, markup=False, soft_wrap=True)
 
 
 @contextlib.contextmanager

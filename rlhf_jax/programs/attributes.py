@@ -33,7 +33,8 @@ from rlhf_jax.algorithms import attributes as regressions
 from rlhf_jax.algorithms import gate as gates
 from rlhf_jax.algorithms.gate import GateBatch, GateConfig
 from rlhf_jax.data.rows import Columns
-from rlhf_jax.programs import attribute_model, attribute_rows, scored_rows, training
+from rlhf_jax.io import progress
+from rlhf_jax.programs import attribute_model, attribute_rows, scored_rows
 from rlhf_jax.programs.attribute_model import AttributeModel
 from rlhf_jax.programs.attribute_rows import Item
 from rlhf_jax.programs.scorer import Scorer, ScoringConfig, open_scorer
@@ -103,7 +104,7 @@ def run(config: AttributesConfig) -> dict[str, Any]:
     }
     scored_rows.write_jsonl(out / "set_aside.jsonl", aside + more)
     reasons = Counter(line["reason"] for line in aside + more)
-    training.say(
+    progress.say(
         f"{len(rated):,} rated completions, {len(pairs):,} pairs; set aside: "
         + (", ".join(f"{n} {reason}" for reason, n in reasons.items()) or "none")
     )

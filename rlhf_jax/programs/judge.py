@@ -32,7 +32,7 @@ from rlhf_jax.evals.accuracy import (
 from rlhf_jax.io import progress
 from rlhf_jax.io.chat import ChatClient, ChatConfig, Question
 from rlhf_jax.io.run_dir import write_atomic
-from rlhf_jax.programs import curate_rows, scored_rows, training
+from rlhf_jax.programs import curate_rows, scored_rows
 from rlhf_jax.programs.rewards import open_rewards
 from rlhf_jax.programs.scorer import ScoringConfig
 from rlhf_jax.programs.seam_prompts import as_text, normal
@@ -148,7 +148,7 @@ def _by_chat(config: JudgeConfig, found: curate_rows.Curated) -> np.ndarray:
         for order in (("chosen", "rejected"), ("rejected", "chosen"))
     ]
     with ChatClient(config.chat) as chat:
-        training.say(f"{config.chat.model}: {chat.estimate(questions).describe()}")
+        progress.say(f"{config.chat.model}: {chat.estimate(questions).describe()}")
         with progress.counting_bar("judging", len(questions)) as advance:
             replies = chat.ask(questions, advance)
     votes: list[list[float] | None] = []

@@ -30,6 +30,7 @@ from rlhf_jax.data import prepare
 from rlhf_jax.data.iterate import Batches
 from rlhf_jax.data.kwise import KwiseDataset
 from rlhf_jax.data.prepare import DataConfig
+from rlhf_jax.io import progress
 from rlhf_jax.models import lora as lora_lib
 from rlhf_jax.models.config import ComputeConfig, LoraConfig
 from rlhf_jax.programs import objectives, training
@@ -147,7 +148,7 @@ def run(config: MetaRewardConfig) -> pathlib.Path:
             side_file=setting.run_dir / "set_aside" / "shifted.jsonl",
             scored=False,
         )
-        training.say(f"shifted: {account.summary()}")
+        progress.say(f"shifted: {account.summary()}")
         trainable = "lora" if config.lora.rank else config.train_only
         terms = objectives.parts(
             config.loss,

@@ -17,8 +17,9 @@ import pathlib
 from typing import Any
 
 from rlhf_jax import config as configs
+from rlhf_jax.io import progress
 from rlhf_jax.io.run_dir import open_run
-from rlhf_jax.programs import generate, meta_reward, rounds, training
+from rlhf_jax.programs import generate, meta_reward, rounds
 from rlhf_jax.programs.rounds import RlProgram
 from rlhf_jax.sampling.generate import SamplingConfig
 
@@ -121,7 +122,7 @@ def run(config: MetaRoundsConfig) -> pathlib.Path:
             folder.mkdir(exist_ok=True)
             shifted = folder / "shifted.jsonl"
             if not shifted.exists():
-                training.say(f"round {number}: sampling")
+                progress.say(f"round {number}: sampling")
                 _sample(config, number, shifted)
             title = f"round {number}: {{}}"
             meta, rl = config.meta_of(number), config.rl_of(number)

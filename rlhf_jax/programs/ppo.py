@@ -28,12 +28,13 @@ from rlhf_jax.algorithms.sft import logprobs_apply, sft_objective
 from rlhf_jax.data import prepare
 from rlhf_jax.data.iterate import Batches
 from rlhf_jax.data.prepare import DataConfig
+from rlhf_jax.io import progress
 from rlhf_jax.io.metrics import metrics_writer
 from rlhf_jax.losses.value import explained_variance
 from rlhf_jax.models.config import ComputeConfig, LoraConfig
 from rlhf_jax.models.heads import ValueModel
 from rlhf_jax.programs import experience as xp
-from rlhf_jax.programs import models, rl_metrics, rl_setup, sharded, training
+from rlhf_jax.programs import models, rl_metrics, rl_setup, runs, sharded
 from rlhf_jax.programs.experience import ShapingConfig
 from rlhf_jax.programs.reinforcement import (
     Learner,
@@ -212,7 +213,7 @@ def run(config: PpoConfig) -> pathlib.Path:
         critic_state, critic_update, values = _critic(config, setting)
         policy, policy_update, schedule = _policy(config, setting)
         ptx = _ptx_rows(config, setting) if config.ptx_data else None
-        training.save_architecture(
+        runs.save_architecture(
             setting.run_dir,
             config,
             "causal",
@@ -253,7 +254,7 @@ def run(config: PpoConfig) -> pathlib.Path:
 
         with metrics_writer(
             setting.run_dir,
-            resume_step=training.latest_step(setting.run_dir, config.epochs),
+            resume_step=runs.latest_step(setting.run_dir, config.epochs),
             wandb_project=config.loop.wandb_project,
             config=configs.to_dict(config),
         ) as write:
@@ -283,7 +284,7 @@ def run(config: PpoConfig) -> pathlib.Path:
                 learning_rate=lambda step: float(np.asarray(schedule(step - 1))),
                 title=setting.run_dir.name,
             )
-        rl_setup.finish(setting.run_dir)
+        runs.finish(setting.run_dir)
     return setting.run_dir
 
 
@@ -425,7 +426,7 @@ def _ptx_rows(
         config.rows,
         side_file=setting.run_dir / "set_aside" / "ptx.jsonl",
     )
-    training.say(f"ptx: {account.summary()}")
+    progress.say(f"ptx: {account.summary()}")
     size = config.batch_size // config.minibatches
 
     stream = Batches(

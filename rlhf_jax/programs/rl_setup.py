@@ -28,13 +28,11 @@ from rlhf_jax.data.groups import group_row_length
 from rlhf_jax.data.iterate import Order
 from rlhf_jax.data.plan import row_bucket
 from rlhf_jax.data.store import PromptDataset
-from rlhf_jax.io import report
-from rlhf_jax.io.run_dir import mark_finished
 from rlhf_jax.models import lora
 from rlhf_jax.models.config import LoraConfig
 from rlhf_jax.models.llama import Llama
 from rlhf_jax.programs import experience as xp
-from rlhf_jax.programs import rl_metrics, sharded, training
+from rlhf_jax.programs import rl_metrics, runs, sharded
 from rlhf_jax.programs.models import load_policy
 from rlhf_jax.programs.reinforcement import Learner, RLCursor
 from rlhf_jax.programs.rewards import Rewards, open_rewards
@@ -198,7 +196,7 @@ def open_rl(config: Any) -> Iterator[Setting]:
     """
     sets = configs.parse_named(config.eval_data, "--eval_data")
     one_process()
-    with training.opened(config) as (run_dir, mesh):
+    with runs.opened(config) as (run_dir, mesh):
         slices = batch_devices(mesh)
         if config.batch_size % slices:
             raise ValueError(
@@ -216,7 +214,7 @@ def open_rl(config: Any) -> Iterator[Setting]:
         rows = dataclasses.replace(
             config.rows, max_prompt_length=prompt_limit(config, model)
         )
-        data = training.prepare_sets(
+        data = runs.prepare_sets(
             prepare.prepare_prompts,
             dataclasses.replace(config, rows=rows),
             sets,
@@ -340,9 +338,7 @@ def prompt_limit(config: Any, model: Llama) -> int:
     return min(room, config.rows.max_prompt_length or room)
 
 
-def _packing(
-    config: Any, data: training.Data, encoder: Encoder, mesh: Mesh
-) -> xp.Packing:
+def _packing(config: Any, data: runs.Data, encoder: Encoder, mesh: Mesh) -> xp.Packing:
     longest = int(data.train.lengths.max())
     length = config.rows.row_length or group_row_length(
         longest,
@@ -364,7 +360,7 @@ def _packing(
     )
 
 
-def _scored_length(config: Any, data: training.Data) -> int:
+def _scored_length(config: Any, data: runs.Data) -> int:
     """A row that holds any prompt with its completion."""
     prompts = max(int(d.lengths.max()) for d in (data.train, *data.evals.values()))
     return row_bucket(prompts + config.sampling.max_new_tokens)
@@ -412,9 +408,3 @@ def digest(dataset: PromptDataset) -> str:
     found.update(dataset.lengths.tobytes())
     found.update(dataset.rows.tobytes())
     return found.hexdigest()
-
-
-def finish(run_dir: pathlib.Path) -> None:
-    """Writes the report and says where it is."""
-    training.say(f"report: {report.write_report(run_dir)}")
-    mark_finished(run_dir)

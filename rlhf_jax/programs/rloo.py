@@ -28,7 +28,7 @@ from rlhf_jax.io.metrics import metrics_writer
 from rlhf_jax.losses import kl
 from rlhf_jax.models.config import ComputeConfig, LoraConfig
 from rlhf_jax.programs import experience as xp
-from rlhf_jax.programs import rl_metrics, rl_setup, sharded, training
+from rlhf_jax.programs import rl_metrics, rl_setup, runs, sharded
 from rlhf_jax.programs.experience import ShapingConfig
 from rlhf_jax.programs.reinforcement import (
     Learner,
@@ -158,7 +158,7 @@ def run(config: RlooConfig) -> pathlib.Path:
         update = sharded.compile_update(
             make_objective(config, setting), tx, state, accum_steps=config.accum_steps
         )
-        training.save_architecture(
+        runs.save_architecture(
             setting.run_dir,
             config,
             "causal",
@@ -175,7 +175,7 @@ def run(config: RlooConfig) -> pathlib.Path:
 
         with metrics_writer(
             setting.run_dir,
-            resume_step=training.latest_step(setting.run_dir, config.epochs),
+            resume_step=runs.latest_step(setting.run_dir, config.epochs),
             wandb_project=config.loop.wandb_project,
             config=configs.to_dict(config),
         ) as write:
@@ -202,7 +202,7 @@ def run(config: RlooConfig) -> pathlib.Path:
                 learning_rate=lambda step: float(np.asarray(schedule(step - 1))),
                 title=setting.run_dir.name,
             )
-        rl_setup.finish(setting.run_dir)
+        runs.finish(setting.run_dir)
     return setting.run_dir
 
 

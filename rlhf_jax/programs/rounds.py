@@ -5,8 +5,9 @@ import pathlib
 from collections.abc import Callable
 from typing import Any, Literal, TypeAlias
 
+from rlhf_jax.io import progress
 from rlhf_jax.io.run_dir import is_finished
-from rlhf_jax.programs import ppo, rloo, training
+from rlhf_jax.programs import ppo, rloo
 
 RlProgram: TypeAlias = Literal["rloo", "ppo"]
 RL: dict[str, Any] = {
@@ -29,7 +30,7 @@ def policy_before(run_dir: str, policy: str, rl: str, number: int) -> str:
 def run_part(title: str, program: Callable[[Any], Any], config: Any) -> None:
     """Runs a part of a round, unless it is done."""
     if not is_finished(config.run_dir, config):
-        training.say(title)
+        progress.say(title)
         program(config)
 
 

@@ -37,16 +37,10 @@ from rlhf_jax.data import prepare, sources, specs
 from rlhf_jax.data.encode import Encoder
 from rlhf_jax.data.prepare import DataConfig
 from rlhf_jax.data.store import PairDataset
-from rlhf_jax.io import strength_plots
+from rlhf_jax.io import progress, strength_plots
 from rlhf_jax.io.run_dir import open_run, write_atomic
 from rlhf_jax.models.config import ComputeConfig, LoraConfig
-from rlhf_jax.programs import (
-    models,
-    objectives,
-    scored_rows,
-    strength_members,
-    training,
-)
+from rlhf_jax.programs import models, objectives, scored_rows, strength_members
 from rlhf_jax.sharding import MeshConfig
 
 COLUMNS = (
@@ -168,7 +162,7 @@ def run(config: StrengthConfig) -> pathlib.Path:
             config.rows,
             side_file=root / "set_aside" / "data.jsonl",
         )
-        training.say(f"data: {account.summary()}")
+        progress.say(f"data: {account.summary()}")
         source = sources.open_source(specs.parse(config.data), streams=False)
         rows = [dict(source[int(n)][0]) for n in dataset.source_row]
         _check_columns(rows, dataset, config)

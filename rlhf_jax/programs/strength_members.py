@@ -23,7 +23,8 @@ from rlhf_jax.data.encode import Encoder
 from rlhf_jax.data.rows import pair_row
 from rlhf_jax.data.store import PairDataset
 from rlhf_jax.evals.suite import prompt_key
-from rlhf_jax.programs import export, members, models, objectives, reward, training
+from rlhf_jax.io import progress
+from rlhf_jax.programs import export, members, models, objectives, reward
 from rlhf_jax.programs.scored_rows import write_whole
 from rlhf_jax.programs.scorer import ScoringConfig, open_scorer
 from rlhf_jax.programs.supervised import LoopConfig
@@ -81,7 +82,7 @@ def rewards(
         for member, folder in enumerate(folders):
             kept = folder / REWARDS
             if not kept.exists():
-                training.say(f"member {folder.name}")
+                progress.say(f"member {folder.name}")
                 if not config.at_once:
                     reward.run(_member(config, folder, spec, member))
                 scoring = ScoringConfig(
@@ -139,7 +140,7 @@ def _train_together(
         reward_apply(loaded.model, deterministic=not config.compute.dropout),
         **objectives.parts(config.loss, ()),
     )
-    training.say(
+    progress.say(
         f"{len(folders)} members at once: {steps} steps of {config.batch_size}"
     )
     trained = members.make_trainer(objective, tx, at_once=True)(
@@ -184,7 +185,7 @@ def write_average(
     out = root / "warm"
     if out.exists():
         return
-    training.say("average of the members")
+    progress.say("average of the members")
     folders = [root / "members" / str(m) for m in range(config.members)]
     loaded = models.load_reward_model(str(folders[0]))
     total = loaded.params

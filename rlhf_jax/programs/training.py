@@ -1,5 +1,4 @@
-"""What the programs that learn from rows share around the loop: directory, mesh, model,
-data, jit, report.
+"""What the programs that learn from rows share around the loop: model, data, jit.
 
 `setting` opens all that a run needs; `train` compiles the update once, on the mesh, and
 hands everything to `supervise`.
@@ -10,56 +9,32 @@ import dataclasses
 import hashlib
 import math
 import pathlib
-import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import numpy as np
+import optax
 from jax.sharding import Mesh
-from rich.console import Console
 
 from rlhf_jax import config as configs
 from rlhf_jax.algorithms.optimizer import make_optimizer, make_schedule
-from rlhf_jax.algorithms.update import Objective
+from rlhf_jax.algorithms.update import Objective, Update
 from rlhf_jax.data.encode import Encoder
 from rlhf_jax.data.iterate import Batches
 from rlhf_jax.data.prepare import PrepareReport, make_encoder
-from rlhf_jax.data.templates import template_text
-from rlhf_jax.io import report
-from rlhf_jax.io import run_dir as run_dirs
+from rlhf_jax.io import progress
 from rlhf_jax.io.metrics import metrics_writer
 from rlhf_jax.models import lora
 from rlhf_jax.models.flops import train_flops
-from rlhf_jax.programs import sharded
+from rlhf_jax.programs import runs, sharded
+from rlhf_jax.programs.runs import Data
 from rlhf_jax.programs.supervised import supervise
-from rlhf_jax.sharding import batch_devices, make_mesh
-from rlhf_jax.types import Sequences
+from rlhf_jax.sharding import batch_devices
+from rlhf_jax.types import Sequences, TrainState
 
-MAY_CHANGE = (
-    "loop.nonfinite",
-    "loop.save_every",
-    "loop.keep",
-    "loop.wandb_project",
-    "shaping.timeout_s",
-    "scoring.max_length",
-    "scoring.tokens_per_batch",
-)
-"""What a run may be resumed with another value of: how failures are met, and what does
-not touch a number."""
-TRAIN_ONLY = ("all", "head")
 REFERENCE = "reference"
 """Where an objective finds the parameters of a frozen reference model."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Data:
-    """Prepared data of a run."""
-
-    train: Any
-    """A dataset of `data.store` or `data.kwise`."""
-    evals: dict[str, Any]
-    """Named datasets, of one type."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -112,19 +87,6 @@ def check_common(config: Any) -> None:
 
 
 @contextlib.contextmanager
-def opened(config: Any) -> Iterator[tuple[pathlib.Path, Mesh]]:
-    """The run directory, locked, and the mesh, set."""
-    mesh = make_mesh(config.mesh)
-    run = run_dirs.open_run(config.run_dir, config, may_change=MAY_CHANGE)
-    with run.lock, jax.set_mesh(mesh):
-        if run.resumed:
-            say(f"resuming the run in {run.path}")
-        for line in run.changed:
-            say(f"changed: {line}")
-        yield run.path, mesh
-
-
-@contextlib.contextmanager
 def setting(
     config: Any,
     *,
@@ -139,12 +101,12 @@ def setting(
         config: of the program; model, compute, lora, mesh, data, eval_data and rows are
             read.
         load: `models.load_policy` or `load_reward_model`.
-        prepare: see `prepare_sets`.
-        prepare_train: see `prepare_sets`.
+        prepare: see `runs.prepare_sets`.
+        prepare_train: see `runs.prepare_sets`.
         seed: of weights that the source lacks; None = the config's.
     """
     sets = configs.parse_named(config.eval_data, "--eval_data")
-    with opened(config) as (run_dir, mesh):
+    with runs.opened(config) as (run_dir, mesh):
         model, params, tokenizer = load(
             config.model,
             compute=config.compute,
@@ -153,54 +115,10 @@ def setting(
             key=jax.random.key(config.seed if seed is None else seed),
         )
         encoder = make_encoder(tokenizer, config.rows)
-        data = prepare_sets(
+        data = runs.prepare_sets(
             prepare, config, sets, encoder, run_dir, prepare_train=prepare_train
         )
         yield Setting(run_dir, mesh, model, params, tokenizer, encoder, data)
-
-
-def say(text: str) -> None:
-    """One line for the person who watches, on stderr."""
-    Console(file=sys.stderr, highlight=False).print(text, markup=False, soft_wrap=True)
-
-
-def prepare_sets(
-    prepare: Callable[..., tuple[Any, PrepareReport]],
-    config: Any,
-    sets: dict[str, str],
-    encoder: Encoder,
-    run_dir: pathlib.Path,
-    *,
-    prepare_train: Callable[..., tuple[Any, PrepareReport]] | None = None,
-) -> Data:
-    """Training and evaluation rows; says what became of every row.
-
-    Rows set aside are written to set_aside/NAME.jsonl in the run directory.
-
-    Args:
-        prepare: `data.prepare.prepare_pairs` or `prepare_conversations`.
-        config: of the program; its data and rows are read.
-        sets: evaluation specs by name.
-        encoder: the one encode path.
-        run_dir: of the run.
-        prepare_train: for training rows of another kind than the evaluation rows.
-    """
-    if "train" in sets:
-        raise ValueError("eval_data: the name 'train' is taken by the training rows")
-    prepared = {}
-    for name, texts in {
-        "train": config.data,
-        **{k: [v] for k, v in sets.items()},
-    }.items():
-        read = (prepare_train or prepare) if name == "train" else prepare
-        prepared[name], account = read(
-            texts,
-            encoder,
-            config.rows,
-            side_file=run_dir / "set_aside" / f"{name}.jsonl",
-        )
-        say(f"{name}: {account.summary()}")
-    return Data(train=prepared.pop("train"), evals=prepared)
 
 
 def train(
@@ -249,20 +167,14 @@ def train(
     tx = make_optimizer(config.optimizer, schedule)
     read = frozen if reference is None else frozen | {REFERENCE: reference}
     state = sharded.create_state(trained, tx, mesh, frozen=read)
-    drops = bool(config.compute.dropout or config.lora.dropout)
-    if coupled is not None and config.accum_steps > 1:
-        update = sharded.compile_update(coupled(not drops), tx, state)
-    else:
-        update = sharded.compile_update(
-            make_objective(not drops), tx, state, accum_steps=config.accum_steps
-        )
+    update = _compile_update(config, tx, state, make_objective, coupled)
     evaluate = sharded.compile_evaluate(evaluated or make_objective(True), state)
-    save_architecture(
+    runs.save_architecture(
         run_dir, config, kind, model, setting.tokenizer, complete=not frozen
     )
     first = next(iter(data.evals), None)
     best = config.loop.best or (first and f"eval/{first}/{headline}")
-    say(
+    progress.say(
         f"{len(data.train):,} rows, {steps:,} steps of {config.batch_size}, "
         f"{count(trained):,} of {count(setting.params):,} parameters trained, "
         f"{mesh.size} device(s)"
@@ -272,7 +184,7 @@ def train(
     )
     with metrics_writer(
         run_dir,
-        resume_step=latest_step(run_dir),
+        resume_step=runs.latest_step(run_dir),
         wandb_project=config.loop.wandb_project,
         config=configs.to_dict(config),
     ) as write:
@@ -299,35 +211,23 @@ def train(
             flops=lambda sequences: flops(model.config, sequences),
             title=pathlib.Path(run_dir).name,
         )
-    say(f"report: {report.write_report(run_dir)}")
-    run_dirs.mark_finished(run_dir)
+    runs.finish(run_dir)
 
 
-def save_architecture(
-    run_dir: pathlib.Path,
+def _compile_update(
     config: Any,
-    kind: str,
-    model: Any,
-    tokenizer: Any,
-    *,
-    complete: bool,
-) -> None:
-    """Writes model/: whatever reads the run later must encode as it was trained."""
-    tokenizer.chat_template, _ = template_text(tokenizer, config.rows.template)
-    what = run_dirs.Architecture(
-        kind=kind,
-        config=model.config,
-        lora=config.lora,
-        base=None if complete else _absolute(config.model),
-        scan_layers=config.compute.scan_layers,
+    tx: optax.GradientTransformation,
+    state: TrainState,
+    make_objective: Callable[[bool], Objective],
+    coupled: Callable[[bool], Objective] | None,
+) -> Update:
+    """The jitted update; for `coupled` see `train`."""
+    deterministic = not (config.compute.dropout or config.lora.dropout)
+    if coupled is not None and config.accum_steps > 1:
+        return sharded.compile_update(coupled(deterministic), tx, state)
+    return sharded.compile_update(
+        make_objective(deterministic), tx, state, accum_steps=config.accum_steps
     )
-    run_dirs.save_architecture(run_dir, what, tokenizer)
-
-
-def _absolute(spec: str) -> str:
-    """A path that holds from any working directory; other specs as they are."""
-    path = pathlib.Path(spec).expanduser()
-    return str(path.absolute()) if path.exists() else spec
 
 
 def stream(config: Any, dataset: Any, mesh: Mesh, *, start_row: int) -> Batches:
@@ -379,23 +279,6 @@ def digest(*datasets: Any) -> str:
         if dataset is not None:
             found.update(dataset.lengths.tobytes())
     return found.hexdigest()
-
-
-def latest_step(run_dir: pathlib.Path, epochs: int = 1) -> int:
-    """The last step that the newest checkpoint has wholly behind it, -1 without one.
-
-    Args:
-        run_dir: of the run.
-        epochs: checkpoints a step may have; their numbers count them.
-    """
-    folder = run_dir / "checkpoints"
-    numbers = [int(path.name) for path in folder.glob("*") if path.name.isdigit()]
-    if not numbers:
-        return -1
-    newest = max(numbers)
-    # All epochs done and the completions kept: the step's evaluation failed.
-    unfinished = (folder / str(newest) / "experience").exists() and newest % epochs == 0
-    return newest // epochs - unfinished
 
 
 def count(params: Any) -> int:

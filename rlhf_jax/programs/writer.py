@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from rlhf_jax.io import progress
 from rlhf_jax.io.chat import ChatClient, ChatConfig, Question
-from rlhf_jax.programs import generate, scored_rows, training
+from rlhf_jax.programs import generate, scored_rows
 from rlhf_jax.programs.seam_prompts import SeamPrompt, Worse, as_text
 from rlhf_jax.sampling.generate import SamplingConfig
 
@@ -96,7 +96,7 @@ def by_generation(
         elif text := row["completion"].strip():
             made[row["index"]].setdefault(text)
     if cut:
-        training.say(
+        progress.say(
             f"generate: {cut:,} completions were cut off at writer.max_new_tokens "
             f"{config.max_new_tokens} and are left out"
         )
@@ -115,7 +115,7 @@ def _written_by_endpoint(prompts: Sequence[SeamPrompt], config: WriterConfig) ->
     ]
     with ChatClient(config.chat) as chat:
         found = chat.estimate(questions)
-        training.say(f"generate: {config.chat.model}: {found.describe()}")
+        progress.say(f"generate: {config.chat.model}: {found.describe()}")
         with progress.counting_bar("generate", len(questions)) as advance:
             replies = chat.ask(questions, advance)
     failed = [reply.error for reply in replies if reply.error is not None]
@@ -126,7 +126,7 @@ def _written_by_endpoint(prompts: Sequence[SeamPrompt], config: WriterConfig) ->
                 f"{said}, the first: {failed[0]}; the other replies are kept: run "
                 "again to ask these once more, or accept them with writer.max_failed"
             )
-        training.say(f"{said}, the first: {failed[0]}")
+        progress.say(f"{said}, the first: {failed[0]}")
     made: list[dict[str, None]] = [{} for _ in prompts]
     for number, reply in enumerate(replies):
         if reply.text.strip():

@@ -32,7 +32,8 @@ from rlhf_jax.data import prepare, sources, specs
 from rlhf_jax.data.encoded import EncodedCompletion
 from rlhf_jax.data.prepare import DataConfig
 from rlhf_jax.data.rows import KwiseRow, kwise_row
-from rlhf_jax.programs import members, sft, training
+from rlhf_jax.io import progress
+from rlhf_jax.programs import members, sft
 from rlhf_jax.programs.models import resolve
 from rlhf_jax.programs.scorer import Scorer, ScoringConfig, open_scorer
 from rlhf_jax.studies.quickstart import QuickstartConfig, sft_config
@@ -103,7 +104,7 @@ class FrozenModel:
     def pairs(self, spec: str) -> PairStates:
         """The states of a spec's pairs."""
         dataset, account = prepare.prepare_pairs([spec], self.scorer.encoder, self.rows)
-        training.say(f"{spec}: {account.summary()}")
+        progress.say(f"{spec}: {account.summary()}")
         found = self._states(list(members.completions(dataset)))
         prompts = [bytes(_int32(dataset[n].prompt)) for n in range(len(dataset))]
         number = {prompt: n for n, prompt in enumerate(dict.fromkeys(prompts))}
@@ -113,7 +114,7 @@ class FrozenModel:
     def kwise(self, spec: str) -> KwiseStates:
         """The states of a spec's prompts with several completions."""
         dataset, account = prepare.prepare_kwise([spec], self.scorer.encoder, self.rows)
-        training.say(f"{spec}: {account.summary()}")
+        progress.say(f"{spec}: {account.summary()}")
         items = [dataset[n] for n in range(len(dataset))]
         found = self._states(
             [EncodedCompletion(i.prompt, c) for i in items for c in i.completions]

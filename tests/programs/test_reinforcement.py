@@ -19,7 +19,7 @@ from rlhf_jax.algorithms.update import init_state, make_update
 from rlhf_jax.io import checkpoint
 from rlhf_jax.io.metrics import metrics_writer
 from rlhf_jax.programs import experience as xp
-from rlhf_jax.programs import training
+from rlhf_jax.programs import runs
 from rlhf_jax.programs.ppo import PpoLossConfig, make_targets
 from rlhf_jax.programs.reinforcement import (
     Learner,
@@ -116,7 +116,7 @@ def run(
         return call
 
     with metrics_writer(
-        run_dir, resume_step=training.latest_step(run_dir, epochs)
+        run_dir, resume_step=runs.latest_step(run_dir, epochs)
     ) as write:
         learner = reinforce(
             RLLoopConfig(**{"eval_every": 2, "save_every": 1, **loop}),
@@ -221,7 +221,7 @@ def test_the_run_itself(whole):
     assert all(np.isfinite(v) for line in lines for v in line.values())
     assert lines[1]["policy/kl_coef"] == 0.1 != lines[2]["policy/kl_coef"]
     assert numbers(run_dir) == [(STEPS - 1) * EPOCHS, STEPS * EPOCHS]
-    assert training.latest_step(run_dir, EPOCHS) == STEPS
+    assert runs.latest_step(run_dir, EPOCHS) == STEPS
     cursor = saved_cursor(run_dir)
     assert cursor["next_row"] == STEPS * PROMPTS
     assert cursor["moments"][0] == STEPS * PROMPTS * 2
@@ -477,12 +477,12 @@ def test_samples_come_when_asked_and_as_many(tmp_path):
 
 
 def test_latest_step_counts_steps_that_are_wholly_done(tmp_path):
-    assert training.latest_step(tmp_path, 2) == -1
+    assert runs.latest_step(tmp_path, 2) == -1
     for name in ("3", "4"):
         (tmp_path / "checkpoints" / name).mkdir(parents=True)
-    assert training.latest_step(tmp_path, 2) == 2
+    assert runs.latest_step(tmp_path, 2) == 2
     (tmp_path / "checkpoints" / "5").mkdir()
-    assert training.latest_step(tmp_path, 2) == 2
+    assert runs.latest_step(tmp_path, 2) == 2
 
 
 def test_loop_settings_that_cannot_be_are_refused():

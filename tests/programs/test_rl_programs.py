@@ -27,7 +27,7 @@ from rlhf_jax.io.checkpoint import load_params
 from rlhf_jax.models import hf
 from rlhf_jax.models.config import LoraConfig
 from rlhf_jax.programs import experience as xp
-from rlhf_jax.programs import ppo, rl_setup, rloo, scorer, sharded, training
+from rlhf_jax.programs import ppo, rl_setup, rloo, runs, scorer, sharded, training
 from rlhf_jax.programs.models import load_policy, load_reward_model
 from rlhf_jax.programs.reinforcement import Learner, RLCursor
 from rlhf_jax.programs.rewards import RewardResult
@@ -538,7 +538,7 @@ def test_gsm8k_recipe_rewards_exact_answers(test_data, policy, tmp_path, one_dev
 def test_evaluation_prompts_may_not_take_the_name_of_the_training_prompts(tmp_path):
     """The held-out prompts would be trained on."""
     with pytest.raises(ValueError, match="the name 'train' is taken"):
-        training.prepare_sets(
+        runs.prepare_sets(
             lambda *_, **__: pytest.fail("read"),
             None,
             {"train": "x.jsonl"},
