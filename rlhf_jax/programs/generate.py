@@ -24,11 +24,11 @@ from rlhf_jax.io import report
 from rlhf_jax.io.run_dir import write_atomic
 from rlhf_jax.models.config import ComputeConfig
 from rlhf_jax.programs import experience as xp
-from rlhf_jax.programs import rl_setup, sharded
+from rlhf_jax.programs import sampler, sharded
 from rlhf_jax.programs.models import load_policy
 from rlhf_jax.programs.rewards import Rewards, open_rewards
 from rlhf_jax.programs.scorer import ScoringConfig
-from rlhf_jax.sampling.generate import SamplingConfig, make_generate
+from rlhf_jax.sampling.generate import SamplingConfig
 from rlhf_jax.sharding import MeshConfig, batch_devices, make_mesh
 from rlhf_jax.types import Rollout
 
@@ -102,14 +102,14 @@ def run(config: GenerateConfig) -> int:
     mesh = make_mesh(config.mesh)
     with contextlib.ExitStack() as stack:
         _check_output(config)
-        rl_setup.one_process()
+        sampler.one_process()
         stack.enter_context(jax.set_mesh(mesh))
         model, params, tokenizer = load_policy(
             config.model, compute=config.compute, mesh=mesh
         )
         encoder = prepare.make_encoder(tokenizer, config.rows)
         rows = dataclasses.replace(
-            config.rows, max_prompt_length=rl_setup.prompt_limit(config, model)
+            config.rows, max_prompt_length=sampler.prompt_limit(config, model)
         )
         prompts, account = prepare.prepare_prompts(config.data, encoder, rows)
         print(account.summary(), file=sys.stderr)
@@ -117,14 +117,7 @@ def run(config: GenerateConfig) -> int:
             print(
                 f"{dropped.where}: {dropped.reason}: {dropped.detail}", file=sys.stderr
             )
-        generate = jax.jit(
-            make_generate(
-                model,
-                config.sampling,
-                stop_ids=rl_setup.stop_ids(config, encoder),
-                rules=rl_setup.decode_rules(model),
-            )
-        )
+        generate = sampler.make_sampler(config, model, encoder)
         judges = _judges(config, encoder)
         out = stack.enter_context(_output(config))
         put = sharded.make_put(mesh)

@@ -16,7 +16,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rlhf_jax import config as configs
 from rlhf_jax.algorithms import ppo
 from rlhf_jax.algorithms.optimizer import (
     OptimizerConfig,
@@ -29,19 +28,18 @@ from rlhf_jax.data import prepare
 from rlhf_jax.data.iterate import Batches
 from rlhf_jax.data.prepare import DataConfig
 from rlhf_jax.io import progress
-from rlhf_jax.io.metrics import metrics_writer
 from rlhf_jax.losses.value import explained_variance
 from rlhf_jax.models.config import ComputeConfig, LoraConfig
 from rlhf_jax.models.heads import ValueModel
 from rlhf_jax.programs import experience as xp
-from rlhf_jax.programs import models, rl_metrics, rl_setup, runs, sharded
+from rlhf_jax.programs import models, rl_metrics, rl_setup, sharded
 from rlhf_jax.programs.experience import ShapingConfig
 from rlhf_jax.programs.reinforcement import (
     Learner,
     RLCursor,
     RLLoopConfig,
-    reinforce,
 )
+from rlhf_jax.programs.rl_setting import Setting
 from rlhf_jax.programs.scorer import ENSEMBLE, ScoringConfig
 from rlhf_jax.rl import kl_controller, moments
 from rlhf_jax.sampling.generate import SamplingConfig
@@ -213,14 +211,6 @@ def run(config: PpoConfig) -> pathlib.Path:
         critic_state, critic_update, values = _critic(config, setting)
         policy, policy_update, schedule = _policy(config, setting)
         ptx = _ptx_rows(config, setting) if config.ptx_data else None
-        runs.save_architecture(
-            setting.run_dir,
-            config,
-            "causal",
-            setting.model,
-            setting.tokenizer,
-            complete=not setting.frozen,
-        )
 
         def gather(
             learner: Learner, cursor: RLCursor
@@ -252,39 +242,16 @@ def run(config: PpoConfig) -> pathlib.Path:
                 metrics |= rl_metrics.named(found, "train")
             return Learner(policy, critic), metrics
 
-        with metrics_writer(
-            setting.run_dir,
-            resume_step=runs.latest_step(setting.run_dir, config.epochs),
-            wandb_project=config.loop.wandb_project,
-            config=configs.to_dict(config),
-        ) as write:
-            reinforce(
-                config.loop,
-                run_dir=setting.run_dir,
-                learner=Learner(policy, critic_state),
-                cursor=RLCursor(
-                    kl_coef=config.loss.kl_coef,
-                    data_digest=rl_setup.digest(setting.prompts),
-                ),
-                gather=gather,
-                targets=functools.partial(make_targets, config.loss),
-                epoch_batches=lambda completions, rng: xp.minibatches(
-                    completions,
-                    setting.packing,
-                    count=config.minibatches,
-                    accum_steps=config.accum_steps,
-                    rng=rng,
-                ),
-                learn=learn,
-                evaluate=setting.evaluate,
-                steps=config.steps,
-                epochs=config.epochs,
-                seed=config.seed,
-                write=write,
-                learning_rate=lambda step: float(np.asarray(schedule(step - 1))),
-                title=setting.run_dir.name,
-            )
-        runs.finish(setting.run_dir)
+        rl_setup.train(
+            config,
+            setting,
+            learner=Learner(policy, critic_state),
+            gather=gather,
+            targets=functools.partial(make_targets, config.loss),
+            learn=learn,
+            schedule=schedule,
+            kl_coef=config.loss.kl_coef,
+        )
     return setting.run_dir
 
 
@@ -341,7 +308,7 @@ def make_targets(
     return done, metrics
 
 
-def _critic(config: PpoConfig, setting: rl_setup.Setting) -> tuple[Any, ...]:
+def _critic(config: PpoConfig, setting: Setting) -> tuple[Any, ...]:
     """(state, update, jitted values of (state, rows))."""
     spec = config.critic or next(iter(setting.rewards.models), config.model)
     if spec.startswith(ENSEMBLE):
@@ -382,7 +349,7 @@ def _critic(config: PpoConfig, setting: rl_setup.Setting) -> tuple[Any, ...]:
 
 
 def _policy(
-    config: PpoConfig, setting: rl_setup.Setting
+    config: PpoConfig, setting: Setting
 ) -> tuple[TrainState, Any, Callable[[int], Any]]:
     """(state, update, schedule)."""
     active = config.steps - config.loss.critic_warmup
@@ -414,7 +381,7 @@ def _policy(
 
 
 def _ptx_rows(
-    config: PpoConfig, setting: rl_setup.Setting
+    config: PpoConfig, setting: Setting
 ) -> Callable[[int, Experience], ppo.Mixed]:
     """(policy update, experience) -> the batch with as many supervised rows as prompts.
 

@@ -15,7 +15,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rlhf_jax import config as configs
 from rlhf_jax.algorithms import rloo
 from rlhf_jax.algorithms.optimizer import (
     OptimizerConfig,
@@ -24,18 +23,17 @@ from rlhf_jax.algorithms.optimizer import (
 )
 from rlhf_jax.algorithms.policy import policy_apply
 from rlhf_jax.data.prepare import DataConfig
-from rlhf_jax.io.metrics import metrics_writer
 from rlhf_jax.losses import kl
 from rlhf_jax.models.config import ComputeConfig, LoraConfig
 from rlhf_jax.programs import experience as xp
-from rlhf_jax.programs import rl_metrics, rl_setup, runs, sharded
+from rlhf_jax.programs import rl_metrics, rl_setup, sharded
 from rlhf_jax.programs.experience import ShapingConfig
 from rlhf_jax.programs.reinforcement import (
     Learner,
     RLCursor,
     RLLoopConfig,
-    reinforce,
 )
+from rlhf_jax.programs.rl_setting import Setting
 from rlhf_jax.programs.scorer import ScoringConfig
 from rlhf_jax.rl import baselines, shaping
 from rlhf_jax.sampling.generate import SamplingConfig
@@ -158,14 +156,6 @@ def run(config: RlooConfig) -> pathlib.Path:
         update = sharded.compile_update(
             make_objective(config, setting), tx, state, accum_steps=config.accum_steps
         )
-        runs.save_architecture(
-            setting.run_dir,
-            config,
-            "causal",
-            setting.model,
-            setting.tokenizer,
-            complete=not setting.frozen,
-        )
 
         def learn(
             learner: Learner, batch: Any, key: jax.Array, cursor: RLCursor
@@ -173,40 +163,19 @@ def run(config: RlooConfig) -> pathlib.Path:
             policy, metrics = update(learner.policy, setting.put_micro(batch), key)
             return Learner(policy), rl_metrics.named(metrics, "train")
 
-        with metrics_writer(
-            setting.run_dir,
-            resume_step=runs.latest_step(setting.run_dir, config.epochs),
-            wandb_project=config.loop.wandb_project,
-            config=configs.to_dict(config),
-        ) as write:
-            reinforce(
-                config.loop,
-                run_dir=setting.run_dir,
-                learner=Learner(state),
-                cursor=RLCursor(data_digest=rl_setup.digest(setting.prompts)),
-                gather=setting.gather,
-                targets=functools.partial(make_targets, config.loss),
-                epoch_batches=lambda completions, rng: xp.minibatches(
-                    completions,
-                    setting.packing,
-                    count=config.minibatches,
-                    accum_steps=config.accum_steps,
-                    rng=rng,
-                ),
-                learn=learn,
-                evaluate=setting.evaluate,
-                steps=config.steps,
-                epochs=config.epochs,
-                seed=config.seed,
-                write=write,
-                learning_rate=lambda step: float(np.asarray(schedule(step - 1))),
-                title=setting.run_dir.name,
-            )
-        runs.finish(setting.run_dir)
+        rl_setup.train(
+            config,
+            setting,
+            learner=Learner(state),
+            gather=setting.gather,
+            targets=functools.partial(make_targets, config.loss),
+            learn=learn,
+            schedule=schedule,
+        )
     return setting.run_dir
 
 
-def make_objective(config: RlooConfig, setting: rl_setup.Setting) -> Any:
+def make_objective(config: RlooConfig, setting: Setting) -> Any:
     """The objective that config.loss names."""
     drops = bool(config.compute.dropout or config.lora.dropout)
     apply = policy_apply(
