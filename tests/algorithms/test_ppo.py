@@ -11,7 +11,7 @@ from rlhf_jax.algorithms.policy import counted
 from rlhf_jax.algorithms.sft import sft_objective
 from rlhf_jax.algorithms.update import init_state, make_update
 from rlhf_jax.programs import experience as xp
-from rlhf_jax.programs.ppo import PpoLossConfig, make_targets
+from rlhf_jax.programs.ppo_targets import PpoLossConfig, make_targets
 from rlhf_jax.programs.reinforcement import RLCursor
 from tests.ragged import (
     LAYOUTS,

@@ -20,7 +20,7 @@ from rlhf_jax.io import checkpoint
 from rlhf_jax.io.metrics import metrics_writer
 from rlhf_jax.programs import experience as xp
 from rlhf_jax.programs import runs
-from rlhf_jax.programs.ppo import PpoLossConfig, make_targets
+from rlhf_jax.programs.ppo_targets import PpoLossConfig, make_targets
 from rlhf_jax.programs.reinforcement import (
     Learner,
     RLCursor,

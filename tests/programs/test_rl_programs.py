@@ -27,7 +27,16 @@ from rlhf_jax.io.checkpoint import load_params
 from rlhf_jax.models import hf
 from rlhf_jax.models.config import LoraConfig
 from rlhf_jax.programs import experience as xp
-from rlhf_jax.programs import ppo, rl_setup, rloo, runs, scorer, sharded, training
+from rlhf_jax.programs import (
+    ppo,
+    ppo_targets,
+    rl_setup,
+    rloo,
+    runs,
+    scorer,
+    sharded,
+    training,
+)
 from rlhf_jax.programs.models import load_policy, load_reward_model
 from rlhf_jax.programs.reinforcement import Learner, RLCursor
 from rlhf_jax.programs.rewards import RewardResult
@@ -318,8 +327,8 @@ def test_ptx_rows_are_weighed_against_the_counted_tokens(tmp_path):
     completions = ragged(4, 2)
     completions.counts = completions.stopped
     assert not completions.counts.all()
-    loss = ppo.PpoLossConfig(ptx_coef=0.5)
-    done, _ = ppo.make_targets(loss, completions, RLCursor())
+    loss = ppo_targets.PpoLossConfig(ptx_coef=0.5)
+    done, _ = ppo_targets.make_targets(loss, completions, RLCursor())
     counted = int(completions.mask[completions.counts].sum())
     policy = ppo_algorithm.ppo_objective(table_apply)
     sft = sft_objective(lambda p, s, k: table_apply(p, s, k)[0])
