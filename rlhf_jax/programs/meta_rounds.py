@@ -100,17 +100,13 @@ class MetaRoundsConfig:
 
     def rl_of(self, number: int) -> Any:
         """The RL run of a round."""
-        flags = {
-            "run_dir": str(self.folder(number) / self.rl),
-            "model": self.policy_before(number),
-            "reference": self.policy,
-            "data": [self.prompts],
-            "reward": [str(self.folder(number) / "reward")],
-            "eval_data": self.eval_prompts,
-            "gold": self.gold,
-            "seed": self.seed + number,
-        }
-        return configs.load(rounds.RL[self.rl][0], self.rl_config, flags)
+        return rounds.rl_part(
+            self,
+            number,
+            data=[self.prompts],
+            reward=str(self.folder(number) / "reward"),
+            seed=self.seed + number,
+        )
 
 
 def run(config: MetaRoundsConfig) -> pathlib.Path:

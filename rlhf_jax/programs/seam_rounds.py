@@ -92,17 +92,13 @@ class SeamRoundsConfig:
 
     def rl_of(self, number: int) -> Any:
         """The RL run of a round."""
-        flags = {
-            "run_dir": str(self.folder(number) / self.rl),
-            "model": self.policy_before(number),
-            "reference": self.policy,
-            "data": [str(self.selected(number))],
-            "reward": [self.reward],
-            "eval_data": self.eval_prompts,
-            "gold": self.gold,
-            "seed": self.seed_of(number),
-        }
-        return configs.load(rounds.RL[self.rl][0], self.rl_config, flags)
+        return rounds.rl_part(
+            self,
+            number,
+            data=[str(self.selected(number))],
+            reward=self.reward,
+            seed=self.seed_of(number),
+        )
 
 
 def run(config: SeamRoundsConfig) -> pathlib.Path:
