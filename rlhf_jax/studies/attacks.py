@@ -19,10 +19,11 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from rlhf_jax.programs import reward, seam, sft
+from rlhf_jax.programs import seam, sft
 from rlhf_jax.programs.adversary import AttackConfig
-from rlhf_jax.studies.quickstart import QuickstartConfig, reward_config, sft_config
+from rlhf_jax.studies.quickstart import QuickstartConfig, sft_config
 from rlhf_jax.studies.seeds import by_seed, once, study_dir
+from rlhf_jax.studies.stages import reward_model
 from rlhf_jax.studies.statistics import interval
 from rlhf_jax.testbed.gold import gold
 
@@ -85,12 +86,7 @@ def run(config: AttacksConfig) -> dict[str, list[dict[str, float]]]:
 def _one(
     config: AttacksConfig, base: QuickstartConfig, root: pathlib.Path, seed: int
 ) -> dict[str, dict[str, float]]:
-    trained = dataclasses.replace(
-        reward_config(dataclasses.replace(base, seed=seed)),
-        run_dir=str(root / f"reward-{seed}"),
-        model=str(root / "sft"),
-    )
-    model = once(reward.run, trained)
+    model = reward_model(dataclasses.replace(base, seed=seed), f"reward-{seed}")
     found = {}
     for number, (name, method) in enumerate(METHODS.items()):
         options: dict[str, Any] = {"estimators": ["attack"], **method}

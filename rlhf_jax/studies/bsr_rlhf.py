@@ -17,25 +17,18 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from rlhf_jax.programs import reward, rloo, sft
-from rlhf_jax.programs.reinforcement import RLLoopConfig
+from rlhf_jax.programs import rloo, sft
 from rlhf_jax.programs.scored_rows import read_jsonl
-from rlhf_jax.studies.quickstart import (
-    QuickstartConfig,
-    reward_config,
-    rloo_config,
-    sft_config,
-)
+from rlhf_jax.studies.quickstart import QuickstartConfig, sft_config
 from rlhf_jax.studies.samples import sample
 from rlhf_jax.studies.seeds import by_seed, once, read, study_dir
+from rlhf_jax.studies.stages import PROMPTS, judged_rloo, reward_model, summarise
 from rlhf_jax.studies.statistics import interval, paired
 
 KINDS = {
     "BT": [],
     "BSR": ["1e-3*batch_sum_to_zero?scale=official&num_groups=devices"],
 }
-PROMPTS = "testbed:rl_val?size=512&seed=1"
-"""Prompts that judge; others than those that settings were chosen on."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,14 +81,16 @@ def _one(
     gold: dict[str, list[float]] = {}
     for kind, regularizers in KINDS.items():
         name = f"{kind.lower()}-{seed}"
-        trained = dataclasses.replace(
-            reward_config(dataclasses.replace(base, seed=seed)),
-            run_dir=f"{config.run_dir}/reward-{name}",
-            model=f"{config.run_dir}/sft",
+        model = reward_model(
+            dataclasses.replace(base, seed=seed),
+            f"reward-{name}",
             regularizers=regularizers,
         )
-        model = str(once(reward.run, trained))
-        policy = once(rloo.run, _rloo(config, base, seed, name, model))
+        # The prompts are those of seed 0, in an order of each seed.
+        trained = judged_rloo(
+            base, f"rloo-{name}", model, kl_coef=config.kl_coef, seed=seed
+        )
+        policy = once(rloo.run, trained)
         found[kind], gold[kind] = summarise(read(policy)), _completions(policy)
     for kind, other in (("BT", "BSR"), ("BSR", "BT")):
         pairs = zip(gold[kind], gold[other], strict=True)
@@ -104,43 +99,10 @@ def _one(
     return found
 
 
-def _rloo(
-    config: BsrRlhfConfig, base: QuickstartConfig, seed: int, name: str, model: str
-) -> rloo.RlooConfig:
-    return dataclasses.replace(
-        rloo_config(base),
-        run_dir=f"{config.run_dir}/rloo-{name}",
-        reward=[model],
-        seed=seed,
-        eval_data=[f"val={PROMPTS}"],
-        loss=rloo.RlooLossConfig(kl_coef=config.kl_coef),
-        loop=RLLoopConfig(keep=1, save_every=config.steps, eval_every=config.steps),
-    )
-
-
 def _completions(policy: pathlib.Path) -> list[float]:
     """Gold rewards of one sampled completion for each judging prompt."""
     rows = read_jsonl(sample(policy, policy / "judged.jsonl", PROMPTS))
     return [float(row["gold"]) for row in rows]
-
-
-def summarise(rows: list[dict[str, Any]]) -> dict[str, float]:
-    """Numbers of one RLOO run, from its metrics."""
-    judged = [row for row in rows if "eval/val/gold" in row]
-    gold = np.array([row["reward/gold"] for row in rows if "reward/gold" in row])
-    tenth = max(1, len(gold) // 10)
-    smooth = np.convolve(gold, np.ones(tenth) / tenth, "valid")
-    first, last = judged[0], judged[-1]
-    return {
-        "gold_before": first["eval/val/gold"],
-        "gold": last["eval/val/gold"],
-        "gold_gain": last["eval/val/gold"] - first["eval/val/gold"],
-        "below_peak": float(smooth.max() - smooth[-1]),
-        "proxy_gain": (last["eval/val/proxy"] - first["eval/val/proxy"])
-        / rows[1]["reward/proxy_std"],
-        "kl": float(np.mean([r["policy/kl"] for r in rows if "policy/kl" in r][-10:])),
-        "length": last["eval/val/length"],
-    }
 
 
 _MEANING = {

@@ -19,24 +19,17 @@ from rich.console import Console
 from rich.table import Table
 
 from rlhf_jax.curation.seam import scores
-from rlhf_jax.programs import reward, rloo, seam, seam_select, sft
+from rlhf_jax.programs import rloo, seam, seam_select, sft
 from rlhf_jax.programs.adversary import AttackConfig
-from rlhf_jax.programs.reinforcement import RLLoopConfig
 from rlhf_jax.programs.scored_rows import read_jsonl, write_whole
 from rlhf_jax.programs.worse import Estimator
-from rlhf_jax.studies.bsr_rlhf import summarise
-from rlhf_jax.studies.quickstart import (
-    QuickstartConfig,
-    reward_config,
-    rloo_config,
-    sft_config,
-)
+from rlhf_jax.studies.quickstart import QuickstartConfig, sft_config
 from rlhf_jax.studies.samples import agreement, sample
 from rlhf_jax.studies.seeds import by_seed, once, read, study_dir
+from rlhf_jax.studies.stages import ESTIMATORS, judged_rloo, reward_model, summarise
 from rlhf_jax.studies.statistics import interval, paired
 from rlhf_jax.testbed.rows import rows as testbed_rows
 
-ESTIMATORS: tuple[Estimator, ...] = ("contrast", "given", "perturb", "attack")
 SAMPLES = 4
 """Completions of each RL prompt before and after RL."""
 
@@ -100,12 +93,7 @@ def _one(
 ) -> dict[str, Any]:
     base = dataclasses.replace(base, seed=seed)
     policy = root / "sft"
-    model = once(
-        reward.run,
-        dataclasses.replace(
-            reward_config(base), run_dir=str(root / f"reward-{seed}"), model=str(policy)
-        ),
-    )
+    model = reward_model(base, f"reward-{seed}")
     measured = root / f"seam-{seed}"
     seam.run(
         seam.SeamConfig(
@@ -134,7 +122,16 @@ def _one(
             name = f"{kind}-{share:g}"
             chosen[name] = measured / "selected" / f"{name}.jsonl"
     policies = {
-        name: once(rloo.run, _rloo(config, base, name, model, prompts))
+        name: once(
+            rloo.run,
+            judged_rloo(
+                base,
+                f"rloo-{name}-{seed}",
+                model,
+                kl_coef=config.kl_coef,
+                data=[str(prompts)],
+            ),
+        )
         for name, prompts in chosen.items()
     }
     samples = {
@@ -159,24 +156,6 @@ def _one(
             name: 1 - agreement(str(model), [path]) for name, path in judged.items()
         },
     }
-
-
-def _rloo(
-    config: SeamFilterConfig,
-    base: QuickstartConfig,
-    name: str,
-    model: pathlib.Path,
-    prompts: pathlib.Path,
-) -> rloo.RlooConfig:
-    return dataclasses.replace(
-        rloo_config(base),
-        run_dir=f"{config.run_dir}/rloo-{name}-{base.seed}",
-        data=[str(prompts)],
-        reward=[str(model)],
-        eval_data=["val=testbed:rl_val?size=512&seed=1"],
-        loss=rloo.RlooLossConfig(kl_coef=config.kl_coef),
-        loop=RLLoopConfig(keep=1, save_every=config.steps, eval_every=config.steps),
-    )
 
 
 def _estimators(

@@ -7,7 +7,7 @@ import pytest
 
 from rlhf_jax.curation.strength import strength
 from rlhf_jax.studies import denoise, scenarios
-from rlhf_jax.studies.bsr_rlhf import summarise
+from rlhf_jax.studies.stages import summarise
 
 SMALL = {"seeds": 2, "steps": 2, "sft_steps": 2, "eval_rows": 16, "pairs": 64}
 
