@@ -143,6 +143,11 @@ STUDIES = {
         "SeamFilterConfig",
         "RLOO without the prompts of the lowest SEAM, and its controls",
     ),
+    "seam-augment": Program(
+        "rlhf_jax.studies.seam_augment",
+        "SeamAugmentStudyConfig",
+        "policy and reward model taught on prompts of the lowest SEAM, then RLOO",
+    ),
     "attacks": Program(
         "rlhf_jax.studies.attacks",
         "AttacksConfig",
