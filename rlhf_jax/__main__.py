@@ -148,6 +148,11 @@ STUDIES = {
         "SeamAugmentStudyConfig",
         "policy and reward model taught on prompts of the lowest SEAM, then RLOO",
     ),
+    "saturation": Program(
+        "rlhf_jax.studies.saturation",
+        "SaturationConfig",
+        "RLOO over a grid of SFT and reward model qualities, seeds side by side",
+    ),
     "attacks": Program(
         "rlhf_jax.studies.attacks",
         "AttacksConfig",

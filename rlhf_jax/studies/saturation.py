@@ -1,0 +1,250 @@
+"""`rlhf-jax study saturation`: does RLHF gain from a better policy or reward model?
+
+A grid on the testbed: policies by the number of their SFT steps, reward models by the
+number of their training pairs, and RLOO in every cell, from that policy under that
+reward model. Gold reward on held-out prompts before and after, and the gain from one
+quality to the next along each axis beside the gain of the stage itself.
+
+The policies and reward models are runs of the programs. RLOO of all seeds of a cell is
+one call of one pure function, `algorithms.rloo_run`, `vmap`ped over seeds; the grid
+compiles it once. A cell has a file, so that a stopped study goes on, and more seeds
+may be asked for later. Read `run`, then `saturation_cells.measure`.
+
+Source: arXiv:2406.07971, section 4 (its saturation grid is 10 x 10, judged by GPT-4).
+"""
+
+import dataclasses
+import functools
+import itertools
+import json
+import pathlib
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+
+from rlhf_jax.io import heatmap
+from rlhf_jax.io.run_dir import write_atomic
+from rlhf_jax.programs import reward, rloo, sft
+from rlhf_jax.programs.models import load_policy, load_reward_model
+from rlhf_jax.programs.supervised import LoopConfig
+from rlhf_jax.sampling.generate import SamplingConfig
+from rlhf_jax.studies import saturation_cells as cells
+from rlhf_jax.studies import saturation_tables as tables
+from rlhf_jax.studies.quickstart import (
+    UNROLLED,
+    QuickstartConfig,
+    reward_config,
+    rloo_config,
+    sft_config,
+)
+from rlhf_jax.studies.seeds import once, read, study_dir
+from rlhf_jax.studies.world import BATCH_SIZE
+
+HELD_OUT_PAIRS = "testbed:val_id?size=1000&seed=1000"
+"""Pairs without label noise that judge every reward model; their prompts are drawn with
+a seed that no reward model trains on."""
+LOADED = {"policy": load_policy, "reward": load_reward_model}
+
+
+@dataclasses.dataclass(frozen=True)
+class SaturationConfig:
+    """RLOO over a grid of SFT and reward model qualities."""
+
+    run_dir: str = "runs/saturation"
+    """Directory of the study; each run has its own inside, each cell a file."""
+    seeds: int = 3
+    """Reward models of each quality, and RLOO runs of each cell."""
+    sft_steps: tuple[int, ...] = (60, 120, 250, 500)
+    """Optimizer steps of the SFT policies, rising."""
+    pairs: tuple[int, ...] = (250, 1000, 4000, 16000)
+    """Training pairs of the reward models, rising; all start from the last policy."""
+    least_reward_steps: int = 40
+    """Optimizer steps of a reward model whose pairs make fewer in one epoch."""
+    steps: int = 40
+    """RLOO steps of 32 prompts with four completions each."""
+    kl_coef: float = 0.1
+    """Weight of the KL penalty, as in seam-filter."""
+    max_new_tokens: int = 32
+    """Of a completion: the run computes them all, and 99 of 100 are shorter."""
+    eval_prompts: int = 256
+    """Held-out prompts, with four completions each."""
+
+    def __post_init__(self) -> None:
+        for name in ("sft_steps", "pairs"):
+            values = getattr(self, name)
+            rising = all(a < b for a, b in itertools.pairwise(values))
+            if not values or values[0] < 1 or not rising:
+                raise ValueError(
+                    f"{name}: expected rising numbers from 1, got {values}"
+                )
+        for name in ("least_reward_steps", "steps", "eval_prompts", "max_new_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(
+                    f"{name}: expected at least 1, got {getattr(self, name)}"
+                )
+        size = rloo_config(QuickstartConfig()).batch_size
+        if self.eval_prompts % size:
+            raise ValueError(
+                f"eval_prompts {self.eval_prompts}: expected a multiple of {size}, the "
+                "prompts of a batch"
+            )
+
+
+def run(config: SaturationConfig) -> dict[str, Any]:
+    """Runs what is not there yet; writes study.json and a plot; prints the tables."""
+    with study_dir(config) as root:
+        policies = {
+            steps: once(sft.run, policy_config(config, steps))
+            for steps in config.sft_steps
+        }
+        models = {
+            (pairs, seed): once(reward.run, model_config(config, pairs, seed))
+            for pairs in config.pairs
+            for seed in range(config.seeds)
+        }
+        # Opened only where a cell is missing; one that is read needs nothing.
+        bench = functools.cache(lambda: _open_bench(config))
+        load = functools.cache(_params)
+
+        def measure(steps: int, pairs: int, seeds: Sequence[int]) -> list[dict]:
+            rewards = [load("reward", models[pairs, seed]) for seed in seeds]
+            return cells.measure(
+                bench(), load("policy", policies[steps]), rewards, seeds
+            )
+
+        grid = {
+            (steps, pairs): _cell(
+                root / f"cell-{steps}-{pairs}.json",
+                config.seeds,
+                functools.partial(measure, steps, pairs),
+            )
+            for steps, pairs in itertools.product(config.sft_steps, config.pairs)
+        }
+        found = _summary(config, grid, policies, models)
+        write_atomic(root / "study.json", json.dumps(found, indent=1))
+        _plot(config, found, root / "plots" / "saturation.png")
+    console = Console(width=120)
+    for table in tables.all_tables(found):
+        console.print(table)
+    return found
+
+
+def _plot(config: SaturationConfig, found: dict[str, Any], path: pathlib.Path) -> None:
+    heatmap.heatmaps(
+        tables.panels(found),
+        path,
+        rows=("SFT steps", [f"{n:,}" for n in config.sft_steps]),
+        columns=("pairs of the reward model", [f"{n:,}" for n in config.pairs]),
+    )
+
+
+def policy_config(config: SaturationConfig, steps: int) -> sft.SftConfig:
+    """The SFT run of a quality."""
+    base = QuickstartConfig(run_dir=config.run_dir, sft_steps=steps)
+    return dataclasses.replace(
+        sft_config(base), run_dir=f"{config.run_dir}/sft-{steps}"
+    )
+
+
+def model_config(
+    config: SaturationConfig, pairs: int, seed: int
+) -> reward.RewardConfig:
+    """The reward model of a quality and a seed: about one epoch of its pairs."""
+    steps = max(config.least_reward_steps, -(-pairs // BATCH_SIZE))
+    base = QuickstartConfig(
+        run_dir=config.run_dir, pairs=pairs, reward_steps=steps, seed=seed
+    )
+    return dataclasses.replace(
+        reward_config(base),
+        run_dir=f"{config.run_dir}/reward-{pairs}-{seed}",
+        model=f"{config.run_dir}/sft-{config.sft_steps[-1]}",
+        eval_data=[f"held_out={HELD_OUT_PAIRS}"],
+        loop=LoopConfig(eval_every=steps, keep=1),
+    )
+
+
+def rl_config(config: SaturationConfig) -> rloo.RlooConfig:
+    """RLOO as the quickstart does it; of a cell it leaves out which reward model."""
+    base = QuickstartConfig(run_dir=config.run_dir, rloo_steps=config.steps)
+    plain = rloo_config(base)
+    sampling: SamplingConfig = dataclasses.replace(
+        plain.sampling, max_new_tokens=config.max_new_tokens
+    )
+    return dataclasses.replace(
+        plain,
+        model=f"{config.run_dir}/sft-{config.sft_steps[-1]}",
+        loss=rloo.RlooLossConfig(kl_coef=config.kl_coef),
+        sampling=sampling,
+    )
+
+
+def _open_bench(config: SaturationConfig) -> cells.Bench:
+    return cells.open_bench(
+        rl_config(config), f"testbed:rl_val?size={config.eval_prompts}&seed=1"
+    )
+
+
+def _params(kind: str, run_dir: pathlib.Path) -> Any:
+    return LOADED[kind](str(run_dir), compute=UNROLLED).params
+
+
+def _cell(
+    path: pathlib.Path,
+    seeds: int,
+    measure: Callable[[Sequence[int]], list[dict[str, Any]]],
+) -> dict[str, Any]:
+    """The results of a cell: those in its file, and the seeds that it lacks."""
+    found: dict[str, Any] = {"schema": 1, "seeds": [], "wall_s": 0.0}
+    if path.exists():
+        found = json.loads(path.read_text(encoding="utf-8"))
+    missing = range(len(found["seeds"]), seeds)
+    if missing:
+        started = time.perf_counter()
+        found["seeds"] += measure(missing)
+        found["wall_s"] += time.perf_counter() - started
+        write_atomic(path, json.dumps(found))
+        gold = ", ".join(f"{one['after']['gold']:.3f}" for one in found["seeds"])
+        print(f"{path.stem}: gold {gold}")
+    return found | {"seeds": found["seeds"][:seeds]}
+
+
+def _summary(
+    config: SaturationConfig,
+    grid: Mapping[tuple[int, int], dict[str, Any]],
+    policies: Mapping[int, pathlib.Path],
+    models: Mapping[tuple[int, int], pathlib.Path],
+) -> dict[str, Any]:
+    """study.json: cells, accuracies and the compute of everything."""
+    accuracy: dict[str, list[float]] = {str(pairs): [] for pairs in config.pairs}
+    for (pairs, _), path in models.items():
+        last = [row for row in read(path) if "eval/held_out/accuracy" in row][-1]
+        accuracy[str(pairs)].append(last["eval/held_out/accuracy"])
+    seeds = [one["compute"] for cell in grid.values() for one in cell["seeds"]]
+    rl = {name: sum(one[name] for one in seeds) for name in seeds[0]}
+    rl["wall_s"] = sum(cell["wall_s"] for cell in grid.values())
+    return {
+        "schema": 1,
+        "sft_steps": list(config.sft_steps),
+        "pairs": list(config.pairs),
+        "accuracy": accuracy,
+        "cells": {f"{a}-{b}": cell["seeds"] for (a, b), cell in grid.items()},
+        "compute": {
+            "SFT": _trained(policies.values()),
+            "reward models": _trained(models.values()),
+            "RLOO and judging": rl,
+        },
+    }
+
+
+def _trained(paths: Any) -> dict[str, float]:
+    """Tokens, FLOPs and seconds of the optimizer steps of runs."""
+    total = {"sampled": 0.0, "trained": 0.0, "flops": 0.0, "wall_s": 0.0}
+    for row in itertools.chain.from_iterable(map(read, paths)):
+        seconds = row.get("perf/step_s", 0.0)
+        total["wall_s"] += seconds
+        if seconds:
+            total["trained"] += row["perf/tokens_per_s"] * seconds
+            total["flops"] += row["perf/flops_per_s"] * seconds
+    return total
