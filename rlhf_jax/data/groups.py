@@ -89,26 +89,21 @@ def pack_groups(
         row, column = int(plan.row[n]), int(plan.column[n])
         segment = 1 + int(segments[row])
         segments[row] += 1 + len(block.members) if layout == "shared" else 1
-        parts.add(
-            block.prompt, row=row, column=column, segment=segment, completion=False
+        ends = parts.add_block(
+            block.prompt,
+            [tokens[member, : lengths[member]] for member in block.members],
+            row=row,
+            column=column,
+            segment=segment,
+            shared=layout == "shared",
         )
-        column += len(block.prompt)
-        for number, member in enumerate(block.members):
-            size = int(lengths[member])
-            parts.add(
-                tokens[member, :size],
-                row=row,
-                column=column,
-                # Alone with its prompt it is the same sequence.
-                segment=segment + 1 + number if layout == "shared" else segment,
-                prefix=segment if layout == "shared" else 0,
-                position=len(block.prompt),
-                completion=True,
-            )
-            sample[row, column : column + size] = member
-            cells[member, :size] = row * row_length + column + np.arange(size)
-            column += size
-    sequences = parts.sequences(count, row_length, pad_id=pad_id)
+        for member, end in zip(block.members, ends, strict=True):
+            start = end - int(lengths[member])
+            sample[row, start:end] = member
+            cells[member, : end - start] = row * row_length + np.arange(start, end)
+    sequences = parts.sequences(
+        count, row_length, pad_id=pad_id, shared=layout == "shared"
+    )
     return PackedGroups(sequences, sample, cells)
 
 

@@ -125,18 +125,17 @@ def pack_kwise(
     parts, score_at = Parts(), np.zeros((here, plan.slots), np.int32)
     for n in np.flatnonzero((plan.row >= start) & (plan.row < start + here)).tolist():
         row, first = int(plan.row[n]) - start, int(plan.first[n])
-        _add_block(
-            parts,
-            score_at[row, num_completions * first :],
-            items[n],
+        ends = parts.add_block(
+            items[n].prompt,
+            items[n].completions,
             row=row,
             column=int(plan.column[n]),
             segment=(num_completions + 1) * first + 1,
+            shared=True,
         )
-    sequences = parts.sequences(here, plan.row_length, pad_id=pad_id)
-    if sequences.prefix is None:
-        nobody: Any = np.zeros_like(sequences.segment)
-        sequences = dataclasses.replace(sequences, prefix=nobody)
+        slot = num_completions * first
+        score_at[row, slot : slot + len(ends)] = np.array(ends) - 1
+    sequences = parts.sequences(here, plan.row_length, pad_id=pad_id, shared=True)
     total = len(items) if num_prompts is None else num_prompts
     total = -(-max(total, 1) // rows_multiple_of) * rows_multiple_of
     size = total // process_count
@@ -146,31 +145,6 @@ def pack_kwise(
         score_at=score_at,  # type: ignore[arg-type]
         **_arrays(items, plan, mine, size, num_completions),
     )
-
-
-def _add_block(
-    parts: Parts,
-    score_at: np.ndarray,
-    item: EncodedKwise,
-    *,
-    row: int,
-    column: int,
-    segment: int,
-) -> None:
-    parts.add(item.prompt, row=row, column=column, segment=segment, completion=False)
-    column += len(item.prompt)
-    for slot, tokens in enumerate(item.completions):
-        parts.add(
-            tokens,
-            row=row,
-            column=column,
-            segment=segment + 1 + slot,
-            prefix=segment,
-            position=len(item.prompt),
-            completion=True,
-        )
-        column += len(tokens)
-        score_at[slot] = column - 1
 
 
 def _arrays(

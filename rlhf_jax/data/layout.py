@@ -15,7 +15,6 @@ every process knows, and each fills its slice of the rows and of the pair arrays
 slices of P processes, put together, are the batch of one process; indices are global.
 """
 
-import dataclasses
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -23,8 +22,11 @@ import numpy as np
 
 from rlhf_jax.data.encoded import EncodedCompletion, EncodedConversation, EncodedPair
 from rlhf_jax.data.parts import Parts
-from rlhf_jax.data.plan import Layout, Plan, plan_blocks, plan_pairs
+from rlhf_jax.data.plan import Layout, Plan, best_fit, plan_blocks, plan_pairs
 from rlhf_jax.types import PAIR_COLUMNS, PreferenceBatch, Sequences
+
+MIN_SHARED = 8
+"""Tokens of a prompt that are worth a block of several completions."""
 
 
 def padding_fraction(sequences: Sequences) -> float:
@@ -94,10 +96,9 @@ def pack_pairs(
             _add_shared(parts, score_at, pairs[n], plan, n, start)
         else:
             _add_separate(parts, score_at, pairs[n], plan, n, start, side)
-    sequences = parts.sequences(here, plan.row_length, pad_id=pad_id)
-    if layout == "shared" and sequences.prefix is None:
-        nobody: Any = np.zeros_like(sequences.segment)
-        sequences = dataclasses.replace(sequences, prefix=nobody)
+    sequences = parts.sequences(
+        here, plan.row_length, pad_id=pad_id, shared=layout == "shared"
+    )
     return PreferenceBatch(
         sequences=sequences,
         score_at=score_at,
@@ -127,23 +128,16 @@ def _add_shared(
     n: int,
     start: int,
 ) -> None:
-    row, column = int(plan.row[n]) - start, int(plan.column[n])
-    number = int(plan.first[n])
-    shared, prompt = 3 * number + 1, len(pair.prompt)
-    parts.add(pair.prompt, row=row, column=column, segment=shared, completion=False)
-    column += prompt
-    for slot, tokens in enumerate((pair.chosen, pair.rejected)):
-        parts.add(
-            tokens,
-            row=row,
-            column=column,
-            segment=shared + 1 + slot,
-            prefix=shared,
-            position=prompt,
-            completion=True,
-        )
-        column += len(tokens)
-        score_at[row, 2 * number + slot] = column - 1
+    row, number = int(plan.row[n]) - start, int(plan.first[n])
+    ends = parts.add_block(
+        pair.prompt,
+        (pair.chosen, pair.rejected),
+        row=row,
+        column=int(plan.column[n]),
+        segment=3 * number + 1,
+        shared=True,
+    )
+    score_at[row, 2 * number : 2 * number + 2] = np.array(ends) - 1
 
 
 def _add_separate(
@@ -175,17 +169,10 @@ def _add_sequence(
     column, number = int(plan.column[block]), int(plan.first[block])
     if side == "left":
         column = plan.row_length - len(prompt) - len(completion)
-    segment, middle = number + 1, column + len(prompt)
-    parts.add(prompt, row=row, column=column, segment=segment, completion=False)
-    parts.add(
-        completion,
-        row=row,
-        column=middle,
-        segment=segment,
-        position=len(prompt),
-        completion=True,
+    (end,) = parts.add_block(
+        prompt, (completion,), row=row, column=column, segment=number + 1, shared=False
     )
-    score_at[row, number] = middle + len(completion) - 1
+    score_at[row, number] = end - 1
 
 
 def _pair_arrays(
@@ -246,7 +233,8 @@ def _column(
 def pack_completions(
     completions: Sequence[EncodedCompletion],
     *,
-    layout: Literal["packed", "padded"] = "packed",
+    layout: Layout = "packed",
+    blocks: Sequence[Sequence[int]] | None = None,
     row_length: int | None = None,
     rows_multiple_of: int = 1,
     rows: int | None = None,
@@ -260,7 +248,10 @@ def pack_completions(
 
     Args:
         completions: what to score.
-        layout: several to a row, or one.
+        layout: several to a row, those of a block reading one prompt or each its own;
+            or one.
+        blocks: of the layout "shared", which completions have one prompt and stay in
+            one row; see `shared_blocks`.
         row_length: see `slots`.
         rows_multiple_of: see `slots`.
         rows: see `slots`.
@@ -269,35 +260,85 @@ def pack_completions(
         side: see `pack_pairs`.
 
     Raises:
-        ValueError: a sequence does not fit a row.
+        ValueError: a block does not fit a row.
     """
+    if (layout == "shared") != (blocks is not None):
+        raise ValueError("blocks: expected with the layout shared, and with no other")
+    if blocks is None:
+        blocks = [[n] for n in range(len(completions))]
     plan = plan_blocks(
-        [len(item.prompt) + len(item.completion) for item in completions],
+        block_lengths(completions, blocks),
+        members=[len(block) for block in blocks],
         row_length=row_length,
         rows_multiple_of=rows_multiple_of,
         rows=rows,
         slots=1 if layout == "padded" else slots,
         pack=layout != "padded",
-        where=lambda n: f"completion {n}",
+        where=lambda n: f"completion {blocks[n][0]}",
     )
     parts, score_at = Parts(), np.zeros((plan.rows, plan.slots), np.int32)
-    for n, item in enumerate(completions):
-        _add_sequence(
-            parts,
-            score_at,
-            item.prompt,
-            item.completion,
-            plan,
-            n,
-            int(plan.row[n]),
-            side,
+    order = np.zeros(len(completions), np.int32)
+    for n, block in enumerate(blocks):
+        items = [completions[member] for member in block]
+        row, first = int(plan.row[n]), int(plan.first[n])
+        column = int(plan.column[n])
+        if side == "left":
+            column = plan.row_length - len(items[0].prompt) - len(items[0].completion)
+        ends = parts.add_block(
+            items[0].prompt,
+            [item.completion for item in items],
+            row=row,
+            column=column,
+            # Every block before it took two segments a completion, or fewer.
+            segment=2 * first + 1,
+            shared=len(block) > 1,
         )
-    order = plan.row * plan.slots + plan.first
-    return (
-        parts.sequences(plan.rows, plan.row_length, pad_id=pad_id),
-        score_at,
-        order.astype(np.int32),
+        score_at[row, first : first + len(block)] = np.array(ends) - 1
+        order[block] = row * plan.slots + first + np.arange(len(block))
+    sequences = parts.sequences(
+        plan.rows, plan.row_length, pad_id=pad_id, shared=layout == "shared"
     )
+    return sequences, score_at, order
+
+
+def block_lengths(
+    completions: Sequence[EncodedCompletion], blocks: Sequence[Sequence[int]]
+) -> list[int]:
+    """Tokens of each block: one prompt, and its completions."""
+    return [
+        len(completions[block[0]].prompt)
+        + sum(len(completions[member].completion) for member in block)
+        for block in blocks
+    ]
+
+
+def shared_blocks(
+    completions: Sequence[EncodedCompletion], *, row_length: int, slots: int
+) -> list[list[int]]:
+    """The completions of each prompt, in blocks that fit a row; prompts too short to be
+    worth sharing are not shared.
+
+    Args:
+        completions: what to score.
+        row_length: most tokens of a block with more than one completion.
+        slots: most completions of a block.
+    """
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for n, item in enumerate(completions):
+        groups.setdefault(tuple(item.prompt), []).append(n)
+    blocks: list[list[int]] = []
+    for prompt, numbers in groups.items():
+        if len(prompt) < MIN_SHARED or len(numbers) == 1:
+            blocks += [[n] for n in numbers]
+            continue
+        lengths = np.array([len(completions[n].completion) for n in numbers], np.int64)
+        ones = np.ones_like(lengths)
+        which, *_ = best_fit(lengths, ones, row_length - len(prompt), slots)
+        made: list[list[int]] = [[] for _ in range(int(which.max()) + 1)]
+        for n, block in zip(numbers, which.tolist(), strict=True):
+            made[block].append(n)
+        blocks += made
+    return blocks
 
 
 def pack_conversations(

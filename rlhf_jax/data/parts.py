@@ -5,6 +5,7 @@ arrays are made of them.
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -44,8 +45,56 @@ class Parts:
         self.position.append(position)
         self.completion.append(completion)
 
-    def sequences(self, rows: int, row_length: int, *, pad_id: int) -> Sequences:
-        """All parts in [rows, row_length] arrays, without a loop over tokens."""
+    def add_block(
+        self,
+        prompt: Any,
+        completions: Sequence[Any],
+        *,
+        row: int,
+        column: int,
+        segment: int,
+        shared: bool,
+    ) -> list[int]:
+        """Adds [prompt | completion | completion ...]; returns the column after each
+        completion.
+
+        Args:
+            prompt: token ids.
+            completions: of each, its token ids.
+            row: where.
+            column: of the first token.
+            segment: of the prompt. A completion that shares it has a segment of its
+                own, counted from there; one that does not, this one.
+            shared: whether the completions read the prompt through `prefix`.
+        """
+        self.add(prompt, row=row, column=column, segment=segment, completion=False)
+        ends, end = [], column + len(prompt)
+        for number, tokens in enumerate(completions, start=1):
+            self.add(
+                tokens,
+                row=row,
+                column=end,
+                segment=segment + number if shared else segment,
+                prefix=segment if shared else 0,
+                position=len(prompt),
+                completion=True,
+            )
+            end += len(tokens)
+            ends.append(end)
+        return ends
+
+    def sequences(
+        self, rows: int, row_length: int, *, pad_id: int, shared: bool = False
+    ) -> Sequences:
+        """All parts in [rows, row_length] arrays, without a loop over tokens.
+
+        Args:
+            rows: B.
+            row_length: T.
+            pad_id: token on padding; nothing reads it.
+            shared: have a `prefix`, even if no part reads one: all batches of a layout
+                have one structure, so they compile once.
+        """
         shape = (rows, row_length)
         tokens: Any = np.full(shape, pad_id, np.int32)
         positions: Any = np.zeros(shape, np.int32)
@@ -70,7 +119,7 @@ class Parts:
             positions=positions,
             segment=segment,
             completion_mask=completion,
-            prefix=prefix if any(self.prefix) else None,
+            prefix=prefix if shared else None,
         )
 
     def _masks(self, sizes: np.ndarray) -> np.ndarray:

@@ -47,7 +47,7 @@ class Plan:
     column: np.ndarray
     """First column of each block."""
     first: np.ndarray
-    """Number of blocks before it in its row."""
+    """Number of blocks, or of score slots (`members`), before it in its row."""
 
 
 def plan_blocks(
@@ -58,6 +58,7 @@ def plan_blocks(
     rows: int | None = None,
     rows_exact: bool = False,
     per_block: int = 1,
+    members: Sequence[int] | np.ndarray | None = None,
     slots: int | None = None,
     pack: bool = True,
     where: Callable[[int], str] = lambda n: f"number {n}",
@@ -70,7 +71,9 @@ def plan_blocks(
         rows_multiple_of: the number of rows becomes a multiple of it.
         rows: number of rows; None = the bucket of those needed.
         rows_exact: take the number needed instead of its bucket.
-        per_block: score slots a block takes.
+        per_block: score slots that every block takes.
+        members: score slots that each block takes, where they differ; the plan's
+            `first` then counts slots and not blocks.
         slots: score slots of a row, which then limits the blocks in it; None = as
             needed.
         pack: False puts one block in each row, in order.
@@ -91,7 +94,13 @@ def plan_blocks(
         )
     if pack:
         limit = None if slots is None else max(slots // per_block, 1)
-        row, column, first = _best_fit(lengths, row_length, limit)
+        takes = np.ones(len(lengths), np.int64) if members is None else members
+        if limit is not None and max(takes, default=1) > limit:
+            block = int(np.argmax(takes))
+            raise ValueError(
+                f"slots {limit}: {where(block)} takes {takes[block]} of a row"
+            )
+        row, column, first = best_fit(lengths, np.asarray(takes), row_length, limit)
     else:
         row = np.arange(len(lengths))
         column = first = np.zeros(len(lengths), np.int64)
@@ -102,32 +111,44 @@ def plan_blocks(
         raise ValueError(f"rows {rows}: these blocks need {needed}")
     rows = -(-rows // rows_multiple_of) * rows_multiple_of
     if slots is None:
-        most = (int(first.max(initial=0)) + 1) * per_block
+        ends = first + (1 if members is None else np.asarray(members, np.int64))
+        most = int(ends.max(initial=1)) * per_block
         slots = 1 << (most - 1).bit_length()
     return Plan(rows, row_length, slots, row, column, first)
 
 
-def _best_fit(
-    lengths: np.ndarray, row_length: int, limit: int | None
+def best_fit(
+    lengths: np.ndarray, takes: np.ndarray, row_length: int, limit: int | None
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(row, column, number in the row) of each block by best-fit decreasing."""
+    """(row, column, what was taken before in the row) of each block by best-fit
+    decreasing.
+
+    Args:
+        lengths: tokens of each block.
+        takes: what each block takes of `limit`.
+        row_length: tokens of a row, at least those of the longest block.
+        limit: of a row, at least what any block takes; None = any number.
+    """
     row = np.zeros(len(lengths), np.int64)
     column = np.zeros(len(lengths), np.int64)
     first = np.zeros(len(lengths), np.int64)
     free: list[tuple[int, int]] = []  # (room left, row), sorted
-    count: list[int] = []
+    taken: list[int] = []
     for block in np.argsort(-lengths, kind="stable").tolist():
-        length = int(lengths[block])
+        length, size = int(lengths[block]), int(takes[block])
         here = bisect.bisect_left(free, (length, -1))
+        if limit is not None:
+            while here < len(free) and taken[free[here][1]] + size > limit:
+                here += 1
         if here == len(free):
-            room, target = row_length, len(count)
-            count.append(0)
+            room, target = row_length, len(taken)
+            taken.append(0)
         else:
             room, target = free.pop(here)
         row[block], column[block] = target, row_length - room
-        first[block] = count[target]
-        count[target] += 1
-        if limit is None or count[target] < limit:
+        first[block] = taken[target]
+        taken[target] += size
+        if limit is None or taken[target] < limit:
             bisect.insort(free, (room - length, target))
     return row, column, first
 

@@ -3,10 +3,11 @@
 Completions are put into at most `MAX_SHAPES` groups; a group's rows all have one
 length, its batches one number of rows and of score slots, so a group compiles once. The
 numbers are coarse, so that call after call finds its shapes compiled.
-Inside a row several completions are packed, each seeing only itself: batch size, order,
-packing and padding do not change a score beyond float rounding. The model is not known
-here, only a function `score_fn(sequences, score_at) -> rewards [B S]`, jitted by the
-caller; `score_with_states` takes one that also gives the hidden states.
+Inside a row several completions are packed, each seeing only its prompt and itself;
+those of one prompt share it, so that it is computed once for all that fit a row. Batch
+size, order, packing and padding do not change a score beyond float rounding. The model
+is not known here, only a function `score_fn(sequences, score_at) -> rewards [B S]`,
+jitted by the caller; `score_with_states` takes one that also gives the hidden states.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -24,8 +25,11 @@ StatesFn: TypeAlias = Callable[[Sequences, np.ndarray], tuple[Any, Any, Any]]
 """-> (rewards [B S], states before the final norm [B S D], states after it)."""
 MAX_SHAPES = 3
 """Row lengths of one call, at most."""
-_TOKENS_PER_SLOT = 16
-"""Shorter completions than this on average would leave rows unfilled."""
+MAX_SLOTS = 256
+"""Score slots of a row, at most: sums over completions take slots x tokens of cells."""
+_TOKENS_PER_SLOT = {False: 16, True: 4}
+"""Shorter completions than this on average would leave rows unfilled; fewer tokens
+where completions share their prompts."""
 
 
 class ScoringBatch(NamedTuple):
@@ -52,42 +56,65 @@ class ScoredStates(NamedTuple):
 
 
 class _Group(NamedTuple):
-    """Completions whose rows have one length."""
+    """Blocks whose rows have one length."""
 
     row_length: int
     slots: int
-    members: np.ndarray
+    blocks: list[list[int]]
+    """The completions of each."""
     row: np.ndarray
-    """Row of each member, from 0 without gaps."""
+    """Row of each block, from 0 without gaps."""
 
 
-def _groups(lengths: np.ndarray, row_length: int | None) -> Iterator[_Group]:
-    """Groups by row length: the longest's bucket T, then T / 2, then T / 4.
+def _groups(
+    encoded: Sequence[EncodedCompletion],
+    longest: int,
+    row_length: int | None,
+    share: bool,
+) -> tuple[list[_Group], bool]:
+    """Groups by row length: the longest's bucket T, then T / 2, then T / 4; and whether
+    any completions do share a prompt.
 
-    Everything left is planned in rows of one length; rows that hold a completion longer
-    than half of it stay, with the short ones that fill their gaps; the rest goes on to
-    the shorter rows, whose attention costs less.
+    Everything left is planned in rows of one length; rows that hold a block longer than
+    half of it stay, with the short ones that fill their gaps; the rest goes on to the
+    shorter rows, whose attention costs less.
     """
-    longest = int(lengths.max(initial=1))
     size = row_bucket(longest)
     if row_length is not None and longest <= row_length:
         size = row_length
-    left = np.arange(len(lengths))
+    blocks = [[n] for n in range(len(encoded))]
+    if share:
+        most = _slots(size, True)
+        blocks = layout.shared_blocks(encoded, row_length=size, slots=most)
+    shares = len(blocks) < len(encoded)
+    lengths = np.array(layout.block_lengths(encoded, blocks), np.int64)
+    members = np.array([len(block) for block in blocks], np.int64)
+    found, left = [], np.arange(len(blocks))
     for shape in range(MAX_SHAPES):
         if not len(left):
-            return
-        slots = max(size // _TOKENS_PER_SLOT, 1)
-        plan = plan_blocks(lengths[left], row_length=size, slots=slots)
-        last = shape == MAX_SHAPES - 1 or size // 2 < MIN_ROW_LENGTH
+            break
+        half = size // 2
+        plan = plan_blocks(
+            lengths[left],
+            members=members[left],
+            row_length=size,
+            slots=_slots(size, shares),
+        )
         keep = np.ones(len(left), bool)
-        if row_length is None and not last:
-            longest = np.zeros(int(plan.row.max()) + 1, np.int64)
-            np.maximum.at(longest, plan.row, lengths[left])
-            keep = longest[plan.row] > size // 2
+        if row_length is None and shape < MAX_SHAPES - 1 and half >= MIN_ROW_LENGTH:
+            stays = (lengths[left] > half) | (members[left] > _slots(half, shares))
+            keep = np.bincount(plan.row, weights=stays)[plan.row] > 0
         if keep.any():
             rows = np.unique(plan.row[keep], return_inverse=True)[1]
-            yield _Group(size, slots, left[keep], rows)
-        left, size = left[~keep], size // 2
+            kept = [blocks[n] for n in left[keep]]
+            found.append(_Group(size, _slots(size, shares), kept, rows))
+        left, size = left[~keep], half
+    return found, shares
+
+
+def _slots(row_length: int, shares: bool) -> int:
+    """Score slots of a row."""
+    return min(max(row_length // _TOKENS_PER_SLOT[shares], 1), MAX_SLOTS)
 
 
 def scoring_batches(
@@ -97,6 +124,7 @@ def scoring_batches(
     row_length: int | None = None,
     rows_multiple_of: int = 1,
     pad_id: int = 0,
+    share: bool = True,
 ) -> Iterator[ScoringBatch]:
     """The calls that score all completions; those with long rows come first.
 
@@ -108,6 +136,8 @@ def scoring_batches(
         rows_multiple_of: the number of rows is a multiple of it (devices of the batch
             axis).
         pad_id: token on padding.
+        share: compute a prompt once for all its completions in a row; False for an
+            attention backend that cannot.
 
     Raises:
         ValueError: a completion without tokens, or tokens_per_batch below 1.
@@ -118,21 +148,32 @@ def scoring_batches(
     empty = np.flatnonzero(lengths == 0)
     if empty.size:
         raise ValueError(f"completion {empty[0]}: no token to score")
-    for size, slots, members, row in _groups(lengths, row_length):
+    groups, shares = _groups(encoded, int(lengths.max(initial=1)), row_length, share)
+    for size, slots, blocks, row in groups:
         needed = int(row.max()) + 1
         rows = min(max(tokens_per_batch // size, 1), bucket(needed, steps=1))
         rows = -(-rows // rows_multiple_of) * rows_multiple_of
         for start in range(0, needed, rows):
             # Best fit never looks at blocks of other rows: these fit `rows` again.
-            inside = members[(row >= start) & (row < start + rows)]
+            inside = [
+                block
+                for block, at in zip(blocks, row.tolist(), strict=True)
+                if start <= at < start + rows
+            ]
+            indices = np.concatenate(inside).astype(np.int64)
+            local = iter(range(len(indices)))
             packed = layout.pack_completions(
-                [encoded[i] for i in inside],
+                [encoded[i] for i in indices],
+                layout="shared" if shares else "packed",
+                blocks=[[next(local) for _ in block] for block in inside]
+                if shares
+                else None,
                 row_length=size,
                 rows=rows,
                 slots=slots,
                 pad_id=pad_id,
             )
-            yield ScoringBatch(*packed, indices=inside)
+            yield ScoringBatch(*packed, indices=indices)
 
 
 def score(
@@ -143,6 +184,7 @@ def score(
     row_length: int | None = None,
     rows_multiple_of: int = 1,
     pad_id: int = 0,
+    share: bool = True,
     progress: Callable[[int], None] | None = None,
 ) -> np.ndarray:
     """Rewards of the completions, float32 [N], in input order.
@@ -151,10 +193,11 @@ def score(
         score_fn: jitted (sequences, score_at [B S]) -> rewards [B S], closed over
             params.
         encoded: what to score.
-        tokens_per_batch: see `pad_id`.
-        row_length: see `pad_id`.
-        rows_multiple_of: see `pad_id`.
-        pad_id: see `scoring_batches`.
+        tokens_per_batch: see `share`.
+        row_length: see `share`.
+        rows_multiple_of: see `share`.
+        pad_id: see `share`.
+        share: see `scoring_batches`.
         progress: called with the number of completions of each finished batch.
 
     Raises:
@@ -168,6 +211,7 @@ def score(
         row_length=row_length,
         rows_multiple_of=rows_multiple_of,
         pad_id=pad_id,
+        share=share,
     ):
         rewards[batch.indices] = _in_order(result, batch)
         if progress is not None:
@@ -183,6 +227,7 @@ def score_with_states(
     tokens_per_batch: int = 8192,
     rows_multiple_of: int = 1,
     pad_id: int = 0,
+    share: bool = True,
     progress: Callable[[int], None] | None = None,
 ) -> ScoredStates:
     """Rewards of the completions and hidden states of some of them, in one pass.
@@ -194,6 +239,7 @@ def score_with_states(
         tokens_per_batch: see `scoring_batches`.
         rows_multiple_of: see `scoring_batches`.
         pad_id: see `scoring_batches`.
+        share: see `scoring_batches`.
         progress: see `score`.
 
     Raises:
@@ -209,6 +255,7 @@ def score_with_states(
         tokens_per_batch=tokens_per_batch,
         rows_multiple_of=rows_multiple_of,
         pad_id=pad_id,
+        share=share,
     ):
         rewards[batch.indices] = _in_order(result[0], batch)
         kept = place[batch.indices] >= 0

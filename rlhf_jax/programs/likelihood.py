@@ -65,7 +65,11 @@ def _pooled(model: Llama) -> Callable[..., tuple[jax.Array, jax.Array, jax.Array
     def pooled(params: Any, sequences: Any, score_at: Any) -> Any:
         hidden: Any = model.apply({"params": params}, sequences)
         own = jnp.take_along_axis(sequences.segment, score_at, axis=1)
-        mine = (sequences.segment[:, None, :] == own[:, :, None]).astype(jnp.float32)
+        mine = sequences.segment[:, None, :] == own[:, :, None]
+        if sequences.prefix is not None:
+            prompt = jnp.take_along_axis(sequences.prefix, score_at, axis=1)[:, :, None]
+            mine |= (sequences.segment[:, None, :] == prompt) & (prompt != 0)
+        mine = mine.astype(jnp.float32)
         total = jnp.einsum("bst,btd->bsd", mine, hidden.astype(jnp.float32))
         means = total / mine.sum(axis=2, keepdims=True)
         return jnp.zeros(score_at.shape), means, means

@@ -86,6 +86,8 @@ class Scorer:
     tokens_per_batch: int
     rows_multiple_of: int
     mesh: jax.sharding.Mesh
+    share: bool = True
+    """Compute a prompt once for all its completions in a row."""
     random_head: bool = False
     """Whether the scores mean nothing: the source had no head."""
     states_fn: scoring.StatesFn | None = None
@@ -122,6 +124,7 @@ class Scorer:
                 encoded,
                 tokens_per_batch=self.tokens_per_batch,
                 rows_multiple_of=self.rows_multiple_of,
+                share=self.share,
                 progress=progress,
                 row_length=row_length,
             )
@@ -146,6 +149,7 @@ class Scorer:
                 keep,
                 tokens_per_batch=self.tokens_per_batch,
                 rows_multiple_of=self.rows_multiple_of,
+                share=self.share,
                 progress=progress,
             )
 
@@ -240,6 +244,8 @@ def make_scorer(
         tokens_per_batch=config.tokens_per_batch,
         rows_multiple_of=batch_devices(mesh, rules),
         mesh=mesh,
+        # Splash knows no shared prefixes; it is also what auto takes on a TPU.
+        share=config.compute.attention != "splash" and jax.default_backend() != "tpu",
         **fields,
     )
 

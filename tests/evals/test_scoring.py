@@ -64,6 +64,54 @@ def test_order_of_the_input_does_not_change_a_score(score_fn, alone):
     np.testing.assert_allclose(found, alone[order], atol=1e-4)
 
 
+def of_few_prompts(count=60, prompts=5, seed=0, longest=40):
+    """Completions of prompts worth sharing, mixed; and of one too short for it."""
+    rng = np.random.default_rng(seed)
+    read = [rng.integers(0, 512, 9 + 4 * n).tolist() for n in range(prompts)] + [[7]]
+    return [
+        EncodedCompletion(
+            read[rng.integers(len(read))],
+            rng.integers(0, 512, rng.integers(1, longest)).tolist(),
+        )
+        for _ in range(count)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("tokens_per_batch", "row_length"), [(1, None), (300, 96), (100_000, None)]
+)
+def test_sharing_a_prompt_does_not_change_a_score(
+    score_fn, tokens_per_batch, row_length
+):
+    items = of_few_prompts()
+    options = {"layout": "padded", "row_length": 72}
+    sequences, score_at, order = pack_completions(items, **options)
+    expected = np.asarray(score_fn(sequences, score_at)).reshape(-1)[order]
+    found = scoring.score(
+        score_fn, items, tokens_per_batch=tokens_per_batch, row_length=row_length
+    )
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+
+
+@pytest.mark.parametrize(("longest", "most"), [(2, 0.2), (40, 0.55), (200, 0.55)])
+def test_a_shared_prompt_is_computed_once_for_all_that_fit_its_row(longest, most):
+    items = of_few_prompts(400, longest=longest)
+    seen, tokens, shapes = [], 0, set()
+    for batch in scoring.scoring_batches(items):
+        seen += batch.indices.tolist()
+        tokens += int((batch.sequences.segment > 0).sum())
+        shapes.add((batch.sequences.tokens.shape, batch.score_at.shape))
+        assert batch.sequences.prefix is not None
+        at = batch.sequences.tokens, batch.score_at
+        for place, index in zip(batch.order, batch.indices, strict=True):
+            row, slot = divmod(int(place), at[1].shape[1])
+            column = at[1][row, slot]
+            assert at[0][row, column] == items[index].completion[-1]
+    assert sorted(seen) == list(range(400)) and len(shapes) <= scoring.MAX_SHAPES
+    of_prompts = tokens - sum(len(i.completion) for i in items)
+    assert of_prompts < most * sum(len(i.prompt) for i in items)
+
+
 def test_scores_differ_between_texts(alone):
     assert len(set(np.round(alone, 5).tolist())) == len(alone)
 

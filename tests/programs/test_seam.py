@@ -238,14 +238,17 @@ def test_neighbours_are_other_prompts_and_their_gold_completions(tmp_path):
         for each in line["worse"]:
             assert each["source"] != line["prompt_id"]
             assert each["text"] == golds[each["source"]] != line["gold"]
-    assert [line["worse"] for line in lines[30:]] == [
-        line["worse"] for line in lines[:3]
-    ]
+    for again, line in zip(lines[30:], lines[:3], strict=True):
+        for one, other in zip(again["worse"], line["worse"], strict=True):
+            assert (one["source"], one["text"]) == (other["source"], other["text"])
+            assert one["logprob"] == pytest.approx(other["logprob"], abs=1e-4)
 
 
 def test_pooled_states_are_means_over_each_text_alone():
     pooling = open_pooling("testbed", ScoringConfig(tokens_per_batch=256))
-    encoded = [pooling.encode(row["prompt"], "cat") for row in world("rl", size=9)]
+    prompts = [row["prompt"] for row in world("rl", size=5)]
+    texts = [*((prompt, "cat") for prompt in prompts), *((p, "dog") for p in prompts)]
+    encoded = [pooling.encode(*text) for text in texts][:9]
     together = pooling.rewards_and_states(encoded, np.arange(9)).after
     for n, each in enumerate(encoded):
         alone = pooling.rewards_and_states([each], np.arange(1)).after[0]
