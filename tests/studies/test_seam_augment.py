@@ -104,7 +104,7 @@ def test_random_and_guided_rows_are_as_many_and_none_is_held_out(measured):
     held_out = {
         row["prompt"]
         for name in ("rl_val", "val_id", "val_prompt_ood", "sft_val")
-        for row in world(name, size=300, seed=3)
+        for row in world(name, size=100, seed=3)
     }
     added = {row["prompt"] for files in of.values() for rows in files for row in rows}
     assert added and not added & held_out
