@@ -244,6 +244,47 @@ def test_neighbours_are_other_prompts_and_their_gold_completions(tmp_path):
             assert one["logprob"] == pytest.approx(other["logprob"], abs=1e-4)
 
 
+@pytest.mark.slow
+def test_a_sentence_transformers_model_finds_the_neighbours(tmp_path):
+    sentences = pytest.importorskip(
+        "sentence_transformers", reason="needs the seam extra"
+    )
+    import transformers
+    from sentence_transformers.models import Pooling, Transformer
+
+    rows = world("rl", size=20)
+    words = {w.strip(".,:?") for row in rows for w in row["prompt"].lower().split()}
+    vocab = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *sorted(words), *".,:?"]
+    (tmp_path / "vocab.txt").write_text("\n".join(vocab))
+    bert = str(tmp_path / "bert")
+    transformers.BertTokenizerFast(str(tmp_path / "vocab.txt")).save_pretrained(bert)
+    transformers.BertModel(
+        transformers.BertConfig(
+            vocab_size=len(vocab),
+            hidden_size=32,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            intermediate_size=32,
+        )
+    ).save_pretrained(bert)
+    model = sentences.SentenceTransformer(modules=[Transformer(bert), Pooling(32)])
+    model.save(str(tmp_path / "model"))
+    lines, _, _ = run(
+        tmp_path,
+        write(tmp_path, rows),
+        estimators=["contrast"],
+        reward=f"{__name__}:by_length",
+        contrast=seam.ContrastConfig(
+            count=1, max_similarity=1.0, embedding=str(tmp_path / "model")
+        ),
+    )
+    states = model.encode([row["prompt"] for row in rows], normalize_embeddings=True)
+    similarity = states @ states.T - 2 * np.eye(len(rows))
+    for line in lines:
+        nearest = rows[int(similarity[line["index"]].argmax())]
+        assert [each["text"] for each in line["worse"]] == [nearest["gold_completion"]]
+
+
 def test_pooled_states_are_means_over_each_text_alone():
     pooling = open_pooling("testbed", ScoringConfig(tokens_per_batch=256))
     prompts = [row["prompt"] for row in world("rl", size=5)]
