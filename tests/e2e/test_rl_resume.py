@@ -18,6 +18,8 @@ from rlhf_jax.models import hf
 from rlhf_jax.programs.models import load_policy
 from rlhf_jax.testing import tiny_config, tiny_llama, tiny_tokenizer
 
+pytestmark = pytest.mark.slow
+
 STEPS, EPOCHS = 4, 2
 CONFIG = tiny_config(num_layers=1)
 TIMEOUT_S = 600
@@ -126,7 +128,6 @@ def whole(setting, tmp_path_factory):
     return run_dir
 
 
-@pytest.mark.slow
 def test_killed_run_resumes_bit_for_bit(setting, whole, tmp_path):
     run_dir, chance = tmp_path / "run", random.Random()
     newer, delay_s = chance.randint(0, 2), chance.uniform(0, 0.3)
@@ -173,7 +174,6 @@ def test_samples_hold_each_step_once(whole):
     assert steps == [step for step in range(1, STEPS + 1) for _ in range(4)]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "number", [signal.SIGKILL, signal.SIGTERM], ids=lambda number: number.name
 )
