@@ -27,16 +27,7 @@ from rlhf_jax.io.checkpoint import load_params
 from rlhf_jax.models import hf
 from rlhf_jax.models.config import LoraConfig
 from rlhf_jax.programs import experience as xp
-from rlhf_jax.programs import (
-    ppo,
-    ppo_targets,
-    rl_setup,
-    rloo,
-    runs,
-    scorer,
-    sharded,
-    training,
-)
+from rlhf_jax.programs import ppo, ppo_targets, rl_setup, rloo, runs, scorer, sharded
 from rlhf_jax.programs.models import load_policy, load_reward_model
 from rlhf_jax.programs.reinforcement import Learner, RLCursor
 from rlhf_jax.programs.rewards import RewardResult
@@ -89,7 +80,7 @@ def compiled(tmp_path_factory):
 def alone():
     """Programs see one device: their compilations take half the time."""
     with pytest.MonkeyPatch.context() as patch:
-        for module in (training, scorer):
+        for module in (runs, scorer):
             make_mesh = functools.partial(module.make_mesh, devices=jax.devices()[:1])
             patch.setattr(module, "make_mesh", make_mesh)
         yield
