@@ -27,9 +27,11 @@ class Paired(NamedTuple):
     mean: float
     half: float
     p: float
+    """nan where there is nothing to test: one seed, or no difference at all."""
 
     def __str__(self) -> str:
-        return f"{self.mean:+.3f} ± {self.half:.3f} (p {self.p:.2g})"
+        found = f"{self.mean:+.3f} ± {self.half:.3f}"
+        return found if np.isnan(self.p) else f"{found} (p {self.p:.2g})"
 
 
 def interval(values: Sequence[float]) -> Interval:
