@@ -121,6 +121,29 @@ def _file(spec: str, path: pathlib.Path) -> Source:
     )
 
 
+def weights_identity(spec: str) -> str:
+    """Names the weights of a SPEC by what it turned out to be and by the names, sizes
+    and times of its files: other weights in the same place are another identity.
+
+    Raises:
+        ValueError: see `resolve`.
+    """
+    source = resolve(spec)
+    path, files = source.path, []
+    if path is not None and path.is_file():
+        files = [path]
+    elif path is not None and source.kind == "run":
+        files = [path / "best.json", *(path / "checkpoints").rglob("*")]
+    elif path is not None:
+        files = list(path.iterdir())
+    stats = [
+        (str(file), file.stat().st_size, file.stat().st_mtime_ns)
+        for file in sorted(files)
+        if file.is_file()
+    ]
+    return repr((source, stats))
+
+
 def load_policy(spec: str, **options: Any) -> Loaded:
     """A language model with parameters and tokenizer.
 

@@ -28,6 +28,7 @@ from rlhf_jax.io.run_dir import open_run, write_atomic
 from rlhf_jax.programs import scored_rows, seam_scoring, worse, writer
 from rlhf_jax.programs.adversary import AttackConfig
 from rlhf_jax.programs.likelihood import open_likelihood
+from rlhf_jax.programs.models import weights_identity
 from rlhf_jax.programs.rewards import kind_of, open_rewards, parse_spec
 from rlhf_jax.programs.scorer import ENSEMBLE, ScoringConfig
 from rlhf_jax.programs.seam_prompts import SeamPrompt, Worse, read_prompts
@@ -139,6 +140,7 @@ def run(config: SeamConfig) -> pathlib.Path:
             config.data, config.columns, config.gold_column
         )
         _write_prompts(root, rows)
+        _check_weights(config, root, len(prompts))
         made = {name: _worse(config, root, name, prompts) for name in config.estimators}
         scored, speed = _score(config, root, prompts, made)
         lines = {
@@ -195,6 +197,31 @@ def _write_prompts(root: pathlib.Path, rows: Sequence[Line]) -> None:
             f"run_dir {root}: holds scores of other prompts; data has changed since; "
             "choose another --run_dir"
         )
+
+
+def _check_weights(config: SeamConfig, root: pathlib.Path, prompts: int) -> None:
+    """A run that is to go on must not mix the scores of two models.
+
+    Raises:
+        ValueError: the files of the policy or the reward model have changed since.
+    """
+    paths = [root / f"scores-{name}.jsonl" for name in config.estimators]
+    if all(p.exists() and p.read_bytes().count(b"\n") == prompts for p in paths):
+        return  # nothing is left to score: the models may be gone
+    found = {"policy": weights_identity(config.policy)}
+    spec = parse_spec(config.reward)[1]
+    if kind_of(spec) == "model" and not spec.startswith(ENSEMBLE):
+        found["reward"] = weights_identity(spec)
+    path = root / "weights.json"
+    if not path.exists():
+        write_atomic(path, json.dumps(found, indent=1))
+    for name, before in json.loads(path.read_text(encoding="utf-8")).items():
+        if found[name] != before:
+            raise ValueError(
+                f"run_dir {root}: begun with other weights of the {name} "
+                f"{getattr(config, name)}, which has changed since; choose another "
+                "--run_dir"
+            )
 
 
 def _worse(

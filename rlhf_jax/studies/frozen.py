@@ -34,7 +34,7 @@ from rlhf_jax.data.prepare import DataConfig
 from rlhf_jax.data.rows import KwiseRow, kwise_row
 from rlhf_jax.io import progress
 from rlhf_jax.programs import members, sft
-from rlhf_jax.programs.models import resolve
+from rlhf_jax.programs.models import weights_identity
 from rlhf_jax.programs.scorer import Scorer, ScoringConfig, open_scorer
 from rlhf_jax.studies.quickstart import QuickstartConfig, sft_config
 from rlhf_jax.studies.seeds import once
@@ -156,21 +156,8 @@ class FrozenModel:
 
 
 def _identity(spec: str, config: ScoringConfig) -> str:
-    """What states depend on besides the tokens: weights, as files, and dtype."""
-    source = resolve(spec)
-    path, files = source.path, []
-    if path is not None and path.is_file():
-        files = [path]
-    elif path is not None and source.kind == "run":
-        files = [path / "best.json", *(path / "checkpoints").rglob("*")]
-    elif path is not None:
-        files = list(path.iterdir())
-    stats = [
-        (str(file), file.stat().st_size, file.stat().st_mtime_ns)
-        for file in sorted(files)
-        if file.is_file()
-    ]
-    return repr((source, stats, config.compute.dtype))
+    """What states depend on besides the tokens: weights and dtype."""
+    return f"{weights_identity(spec)} {config.compute.dtype}"
 
 
 def _int32(ids: Any) -> np.ndarray:

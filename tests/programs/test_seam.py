@@ -137,12 +137,24 @@ def test_a_stopped_run_goes_on_and_gives_the_same_lines(tmp_path, monkeypatch, b
     assert again == base[0] and len(calls) == 2 + 2  # one part of three was there
 
 
+def copy_run(source, target):
+    shutil.copytree(source, target)
+    config = (target / "config.yaml").read_text()
+    (target / "config.yaml").write_text(config.replace(str(source), str(target)))
+
+
+def test_a_run_that_goes_on_refuses_other_weights(tmp_path, monkeypatch, base):
+    copy_run(base[2], tmp_path / "run")
+    (tmp_path / "run" / "scores-given.jsonl").unlink()
+    monkeypatch.setattr(seam, "weights_identity", "newer {}".format)
+    with pytest.raises(ValueError, match="begun with other weights of the policy test"):
+        run(tmp_path)
+
+
 def test_a_finished_run_is_only_summarised_anew(tmp_path, monkeypatch, base):
     monkeypatch.setattr(seam, "open_likelihood", None)
-    shutil.copytree(base[2], tmp_path / "run")
-    config = (tmp_path / "run" / "config.yaml").read_text()
-    moved = config.replace(str(base[2]), str(tmp_path / "run"))
-    (tmp_path / "run" / "config.yaml").write_text(moved)
+    monkeypatch.setattr(seam, "weights_identity", None)
+    copy_run(base[2], tmp_path / "run")
     again, _, root = run(tmp_path, parquet=True)
     assert again == base[0]
     table = pytest.importorskip("pyarrow.parquet").read_table(root / "seam.parquet")

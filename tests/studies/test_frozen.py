@@ -10,6 +10,7 @@ import scipy.optimize
 
 from rlhf_jax.algorithms.optimizer import OptimizerConfig
 from rlhf_jax.data.rows import Response
+from rlhf_jax.programs import models
 from rlhf_jax.studies import domains, frozen, heads, objectives
 from rlhf_jax.studies.by_prompt import judge
 from rlhf_jax.studies.frozen import PairStates, head_objective, train_heads
@@ -164,9 +165,9 @@ def test_other_weights_of_the_same_name_are_another_identity(tmp_path):
     identities = set()
     for text in ("a", "bb"):
         path.write_text(text)
-        source = frozen.resolve("testbed")
+        source = models.resolve("testbed")
         found = dataclasses.replace(source, kind="gguf", path=path)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(frozen, "resolve", lambda spec, found=found: found)
+            patch.setattr(models, "resolve", lambda spec, found=found: found)
             identities.add(frozen._identity("model.gguf", frozen.ScoringConfig()))
     assert len(identities) == 2
