@@ -11,7 +11,7 @@ import itertools
 import pathlib
 from typing import Any
 
-from rlhf_jax.data.sources import Reader, Row
+from rlhf_jax.data.reader import Reader, Row
 from rlhf_jax.data.specs import Spec
 
 _CHUNK = 512

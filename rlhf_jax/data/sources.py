@@ -16,35 +16,17 @@ import json
 import math
 import pathlib
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
-from rlhf_jax.data import specs
+from rlhf_jax.data import places, specs
+from rlhf_jax.data.reader import Reader, Row, SourceError
 from rlhf_jax.data.specs import Spec
 
-Row = dict[str, Any]
 _HASHED = 1 << 28
 """Files up to this size are known by their content, larger ones by size and mtime."""
-
-
-class SourceError(ValueError):
-    """A row that cannot be read, and where it is."""
-
-    def __init__(self, where: str, reason: str, text: str | None = None) -> None:
-        super().__init__(f"{where}: {reason}")
-        self.where, self.reason, self.text = where, reason, text
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Reader:
-    """All rows of a place, before any are selected."""
-
-    size: int
-    get: Callable[[int], Row]
-    """Raises SourceError for a row that cannot be read."""
-    where: Callable[[int], str]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -126,16 +108,12 @@ def _open_reader(spec: Spec) -> Reader:
         return read_file(pathlib.Path(spec.location))
     if spec.kind == "folder":
         return _read_folder(spec)
-    from rlhf_jax.data import places
-
     return places.open_place(spec)
 
 
 def _read_folder(spec: Spec) -> Reader:
     folder = pathlib.Path(spec.location)
     if (folder / "dataset_dict.json").exists() or (folder / "state.json").exists():
-        from rlhf_jax.data import places
-
         return places.open_saved(spec)
     files = [p for p in _files(spec) if p.name.endswith(specs.SUFFIXES)]
     if not files:
@@ -172,8 +150,6 @@ def read_file(path: pathlib.Path) -> Reader:
         ValueError: the file cannot be read at all.
     """
     if path.name.endswith(".parquet"):
-        from rlhf_jax.data import places
-
         return places.read_parquet(path)
     if path.name.endswith((".json", ".json.gz")):
         content = b"".join(_raw_lines(path))

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from rlhf_jax.data import sources, specs
-from rlhf_jax.data.sources import SourceError, open_source
+from rlhf_jax.data.reader import SourceError
+from rlhf_jax.data.sources import open_source
 
 ROWS = [
     {
