@@ -273,14 +273,14 @@ def _as_list(flag: str, value: str) -> list[str]:
     if not (value.startswith("[") and value.endswith("]")):
         return [value]
     try:
-        return [str(item) for item in yaml.safe_load(value)]
+        return [str(item) for item in yaml.load(value, Loader=yaml.BaseLoader)]
     except yaml.YAMLError:
         if set(value[1:-1]) & set("[]{}'\""):
             raise ValueError(
                 f"{flag}: {value} is no list in YAML; quote each item, "
                 f"""'["a","b"]', or repeat {flag}"""
             ) from None
-    return [item.strip() for item in value[1:-1].split(",")]
+    return [item.strip() for item in value[1:-1].split(",") if item.strip()]
 
 
 def load_function(spec: str, flag: str) -> Callable[..., Any]:

@@ -264,11 +264,13 @@ def pack_completions(
     """
     if (layout == "shared") != (blocks is not None):
         raise ValueError("blocks: expected with the layout shared, and with no other")
+    if side == "left" and layout != "padded":
+        raise ValueError(f"side 'left' needs layout 'padded', got {layout!r}")
     if blocks is None:
         blocks = [[n] for n in range(len(completions))]
     plan = plan_blocks(
         block_lengths(completions, blocks),
-        members=[len(block) for block in blocks],
+        members=[len(block) for block in blocks] if layout == "shared" else None,
         row_length=row_length,
         rows_multiple_of=rows_multiple_of,
         rows=rows,
@@ -323,17 +325,18 @@ def shared_blocks(
         row_length: most tokens of a block with more than one completion.
         slots: most completions of a block.
     """
-    groups: dict[tuple[int, ...], list[int]] = {}
-    for n, item in enumerate(completions):
-        groups.setdefault(tuple(item.prompt), []).append(n)
+    groups: dict[bytes, list[int]] = {}
     blocks: list[list[int]] = []
-    for prompt, numbers in groups.items():
-        if len(prompt) < MIN_SHARED or len(numbers) == 1:
-            blocks += [[n] for n in numbers]
-            continue
+    for n, item in enumerate(completions):
+        if len(item.prompt) < MIN_SHARED or not len(item.completion):
+            blocks.append([n])  # without a token of its own, it is read on the prompt
+        else:
+            ids = np.asarray(item.prompt, np.int32).tobytes()
+            groups.setdefault(ids, []).append(n)
+    for numbers in groups.values():
+        prompt = completions[numbers[0]].prompt
         lengths = np.array([len(completions[n].completion) for n in numbers], np.int64)
-        ones = np.ones_like(lengths)
-        which, *_ = best_fit(lengths, ones, row_length - len(prompt), slots)
+        which, *_ = best_fit(lengths, row_length - len(prompt), slots)
         made: list[list[int]] = [[] for _ in range(int(which.max()) + 1)]
         for n, block in zip(numbers, which.tolist(), strict=True):
             made[block].append(n)

@@ -95,6 +95,8 @@ class Parts:
             shared: have a `prefix`, even if no part reads one: all batches of a layout
                 have one structure, so they compile once.
         """
+        if any(self.prefix) and not shared:
+            raise ValueError("shared: expected True, some parts read a prefix")
         shape = (rows, row_length)
         tokens: Any = np.full(shape, pad_id, np.int32)
         positions: Any = np.zeros(shape, np.int32)

@@ -82,6 +82,8 @@ def plan_blocks(
     Raises:
         ValueError: a block does not fit a row, or the blocks do not fit `rows`.
     """
+    if members is not None and per_block != 1:
+        raise ValueError("per_block, members: expected one of them")
     lengths = np.asarray(lengths, np.int64)
     longest = int(lengths.max(initial=1))
     if row_length is None:
@@ -93,17 +95,19 @@ def plan_blocks(
             "max_length"
         )
     if pack:
-        limit = None if slots is None else max(slots // per_block, 1)
-        takes = np.ones(len(lengths), np.int64) if members is None else members
-        if limit is not None and max(takes, default=1) > limit:
-            block = int(np.argmax(takes))
-            raise ValueError(
-                f"slots {limit}: {where(block)} takes {takes[block]} of a row"
-            )
-        row, column, first = best_fit(lengths, np.asarray(takes), row_length, limit)
+        limit = None if slots is None or members is not None else slots // per_block
+        row, column, first = best_fit(
+            _rooms(lengths, members, row_length, slots, where),
+            row_length,
+            None if limit is None else max(limit, 1),
+        )
     else:
         row = np.arange(len(lengths))
         column = first = np.zeros(len(lengths), np.int64)
+    ends = first + 1
+    if members is not None:
+        first = _before(row, first, np.asarray(members, np.int64))
+        ends = first + members
     needed = int(row.max(initial=-1)) + 1
     if rows is None:
         rows = bucket(needed) if pack and not rows_exact else max(needed, 1)
@@ -111,44 +115,71 @@ def plan_blocks(
         raise ValueError(f"rows {rows}: these blocks need {needed}")
     rows = -(-rows // rows_multiple_of) * rows_multiple_of
     if slots is None:
-        ends = first + (1 if members is None else np.asarray(members, np.int64))
         most = int(ends.max(initial=1)) * per_block
         slots = 1 << (most - 1).bit_length()
     return Plan(rows, row_length, slots, row, column, first)
 
 
+def _rooms(
+    lengths: np.ndarray,
+    members: Sequence[int] | np.ndarray | None,
+    row_length: int,
+    slots: int | None,
+    where: Callable[[int], str],
+) -> np.ndarray:
+    """Tokens of a row that each block is given: its own, or its share of the slots if
+    that is more. So blocks that fit a row fit its slots."""
+    if members is None or slots is None:
+        return lengths
+    takes = np.asarray(members, np.int64)
+    if takes.max(initial=0) > slots:
+        block = int(takes.argmax())
+        raise ValueError(
+            f"slots {slots}: {where(block)} takes {takes[block]} of a row; set slots "
+            "to at least that"
+        )
+    per_slot = -(-row_length // slots)
+    return np.maximum(lengths, np.minimum(takes * per_slot, row_length))
+
+
+def _before(row: np.ndarray, first: np.ndarray, members: np.ndarray) -> np.ndarray:
+    """Score slots before each block in its row."""
+    order = np.lexsort((first, row))
+    total = np.cumsum(members[order]) - members[order]
+    starts = np.flatnonzero(np.diff(row[order], prepend=-1))
+    sizes = np.diff(np.append(starts, len(order)))
+    before = np.zeros(len(order), np.int64)
+    before[order] = total - np.repeat(total[starts], sizes)
+    return before
+
+
 def best_fit(
-    lengths: np.ndarray, takes: np.ndarray, row_length: int, limit: int | None
+    lengths: np.ndarray, row_length: int, limit: int | None
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(row, column, what was taken before in the row) of each block by best-fit
-    decreasing.
+    """(row, column, number in the row) of each block by best-fit decreasing.
 
     Args:
         lengths: tokens of each block.
-        takes: what each block takes of `limit`.
         row_length: tokens of a row, at least those of the longest block.
-        limit: of a row, at least what any block takes; None = any number.
+        limit: blocks of a row, at most; None = any number.
     """
     row = np.zeros(len(lengths), np.int64)
     column = np.zeros(len(lengths), np.int64)
     first = np.zeros(len(lengths), np.int64)
     free: list[tuple[int, int]] = []  # (room left, row), sorted
-    taken: list[int] = []
+    count: list[int] = []
     for block in np.argsort(-lengths, kind="stable").tolist():
-        length, size = int(lengths[block]), int(takes[block])
+        length = int(lengths[block])
         here = bisect.bisect_left(free, (length, -1))
-        if limit is not None:
-            while here < len(free) and taken[free[here][1]] + size > limit:
-                here += 1
         if here == len(free):
-            room, target = row_length, len(taken)
-            taken.append(0)
+            room, target = row_length, len(count)
+            count.append(0)
         else:
             room, target = free.pop(here)
         row[block], column[block] = target, row_length - room
-        first[block] = taken[target]
-        taken[target] += size
-        if limit is None or taken[target] < limit:
+        first[block] = count[target]
+        count[target] += 1
+        if limit is None or count[target] < limit:
             bisect.insort(free, (room - length, target))
     return row, column, first
 

@@ -2,7 +2,8 @@
 
 Completions are put into at most `MAX_SHAPES` groups; a group's rows all have one
 length, its batches one number of rows and of score slots, so a group compiles once. The
-numbers are coarse, so that call after call finds its shapes compiled.
+numbers are coarse, so that call after call finds its shapes compiled (calls with shared
+prompts theirs, calls without theirs).
 Inside a row several completions are packed, each seeing only its prompt and itself;
 those of one prompt share it, so that it is computed once for all that fit a row. Batch
 size, order, packing and padding do not change a score beyond float rounding. The model
@@ -13,6 +14,7 @@ jitted by the caller; `score_with_states` takes one that also gives the hidden s
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
+import jax
 import numpy as np
 
 from rlhf_jax.data import layout
@@ -25,6 +27,9 @@ StatesFn: TypeAlias = Callable[[Sequences, np.ndarray], tuple[Any, Any, Any]]
 """-> (rewards [B S], states before the final norm [B S D], states after it)."""
 MAX_SHAPES = 3
 """Row lengths of one call, at most."""
+MAX_WIDER, WORTH = 1024, 0.85
+"""Rows are made longer for the sake of sharing up to this many tokens, if no more than
+this share of the tokens is left."""
 MAX_SLOTS = 256
 """Score slots of a row, at most: sums over completions take slots x tokens of cells."""
 _TOKENS_PER_SLOT = {False: 16, True: 4}
@@ -84,8 +89,7 @@ def _groups(
         size = row_length
     blocks = [[n] for n in range(len(encoded))]
     if share:
-        most = _slots(size, True)
-        blocks = layout.shared_blocks(encoded, row_length=size, slots=most)
+        size, blocks = _shared(encoded, size, fixed=row_length is not None)
     shares = len(blocks) < len(encoded)
     lengths = np.array(layout.block_lengths(encoded, blocks), np.int64)
     members = np.array([len(block) for block in blocks], np.int64)
@@ -96,7 +100,7 @@ def _groups(
         half = size // 2
         plan = plan_blocks(
             lengths[left],
-            members=members[left],
+            members=members[left] if shares else None,
             row_length=size,
             slots=_slots(size, shares),
         )
@@ -112,9 +116,30 @@ def _groups(
     return found, shares
 
 
+def _shared(
+    encoded: Sequence[EncodedCompletion], size: int, *, fixed: bool
+) -> tuple[int, list[list[int]]]:
+    """Row length and blocks that share prompts; rows twice as long where that saves
+    enough of the tokens to pay for their attention."""
+    blocks = layout.shared_blocks(encoded, row_length=size, slots=_slots(size, True))
+    wider = 2 * size
+    if fixed or wider > MAX_WIDER:
+        return size, blocks
+    more = layout.shared_blocks(encoded, row_length=wider, slots=_slots(wider, True))
+    before, after = (sum(layout.block_lengths(encoded, b)) for b in (blocks, more))
+    return (wider, more) if after < WORTH * before else (size, blocks)
+
+
 def _slots(row_length: int, shares: bool) -> int:
     """Score slots of a row."""
     return min(max(row_length // _TOKENS_PER_SLOT[shares], 1), MAX_SLOTS)
+
+
+def can_share(attention: str) -> bool:
+    """Whether rows may share prompts under an attention backend of `ComputeConfig`:
+    all know shared prefixes but splash, which is also what auto takes on a TPU."""
+    auto = attention == "auto" and jax.default_backend() == "tpu"
+    return attention != "splash" and not auto
 
 
 def scoring_batches(
@@ -150,22 +175,23 @@ def scoring_batches(
         raise ValueError(f"completion {empty[0]}: no token to score")
     groups, shares = _groups(encoded, int(lengths.max(initial=1)), row_length, share)
     for size, slots, blocks, row in groups:
+        order = np.argsort(row, kind="stable")
         needed = int(row.max()) + 1
         rows = min(max(tokens_per_batch // size, 1), bucket(needed, steps=1))
         rows = -(-rows // rows_multiple_of) * rows_multiple_of
         for start in range(0, needed, rows):
             # Best fit never looks at blocks of other rows: these fit `rows` again.
-            inside = [
-                block
-                for block, at in zip(blocks, row.tolist(), strict=True)
-                if start <= at < start + rows
-            ]
+            first, last = np.searchsorted(row[order], (start, start + rows))
+            inside = [blocks[n] for n in np.sort(order[first:last])]
             indices = np.concatenate(inside).astype(np.int64)
-            local = iter(range(len(indices)))
+            ends = np.cumsum([len(block) for block in inside]).tolist()
             packed = layout.pack_completions(
                 [encoded[i] for i in indices],
                 layout="shared" if shares else "packed",
-                blocks=[[next(local) for _ in block] for block in inside]
+                blocks=[
+                    list(range(end - len(block), end))
+                    for block, end in zip(inside, ends, strict=True)
+                ]
                 if shares
                 else None,
                 row_length=size,

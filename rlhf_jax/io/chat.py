@@ -40,7 +40,7 @@ class ChatConfig:
     cache: str = "~/.cache/rlhf_jax/chat"
     """Directory of the replies."""
     max_tokens: int = 512
-    """Longest reply."""
+    """Longest reply, and what a model reasons before it."""
     length_parameter: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
     """What the endpoint calls it; models that reason want the second."""
     send_temperature: bool = True
@@ -227,13 +227,22 @@ class ChatClient:
                 f"chat: {self.config.base_url}, model {self.config.model}: {error}"
             ) from None
         except openai.APIError as error:
-            return Reply("", f"{type(error).__name__}: {error}{_hint(str(error))}")
+            if hint := _hint(str(error)):  # wrong for every question
+                raise ValueError(
+                    f"chat: {self.config.base_url}, model {self.config.model}: "
+                    f"{error}; {hint}"
+                ) from None
+            return Reply("", f"{type(error).__name__}: {error}")
         except (AttributeError, IndexError, TypeError, ValueError) as error:
             return Reply("", f"malformed reply: {error}")
+        if cut:
+            return Reply(
+                "",
+                f"cut off at max_tokens {self.config.max_tokens}, which "
+                "counts what a model reasons before it answers",
+            )
         if not isinstance(text, str) or not text.strip():
             return Reply("", "malformed reply: no text")
-        if cut:
-            return Reply("", f"cut off at max_tokens {self.config.max_tokens}")
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(path, json.dumps({"text": text}))
         return Reply(text)
@@ -268,8 +277,11 @@ class ChatClient:
 def _hint(refusal: str) -> str:
     """What to set when an endpoint refuses a parameter by its name."""
     words = refusal.lower()
-    if "unsupported" not in words and "not supported" not in words:
+    refused = ("unsupported", "not supported", "unrecognized", "unexpected")
+    if not any(word in words for word in refused):
         return ""
-    if "max_tokens" in words:
-        return "; chat.length_parameter takes the other name"
-    return "; chat.send_temperature false leaves it out" * ("temperature" in words)
+    if "max_tokens" in words or "max_completion_tokens" in words:
+        return "chat.length_parameter takes the other name"
+    if "temperature" in words:
+        return "chat.send_temperature false leaves it out"
+    return ""

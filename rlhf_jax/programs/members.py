@@ -152,6 +152,7 @@ def make_pair_rewards(
                 encoded,
                 tokens_per_batch=tokens_per_batch,
                 pad_id=dataset.pad_id,
+                share=scoring.can_share(model.compute.attention),
             ).reshape(-1, 2)
             for tree in params
         ]

@@ -244,8 +244,7 @@ def make_scorer(
         tokens_per_batch=config.tokens_per_batch,
         rows_multiple_of=batch_devices(mesh, rules),
         mesh=mesh,
-        # Splash knows no shared prefixes; it is also what auto takes on a TPU.
-        share=config.compute.attention != "splash" and jax.default_backend() != "tpu",
+        share=scoring.can_share(config.compute.attention),
         **fields,
     )
 

@@ -93,6 +93,26 @@ def test_sharing_a_prompt_does_not_change_a_score(
     np.testing.assert_allclose(found, expected, atol=1e-4)
 
 
+def test_a_completion_without_tokens_is_read_at_its_own_prompt(score_fn):
+    prompt = list(range(20))
+    items = [EncodedCompletion(prompt, c) for c in ([5, 6, 7], [], [8, 9])]
+    alone = [float(scoring.score(score_fn, [item])[0]) for item in items]
+    np.testing.assert_allclose(scoring.score(score_fn, items), alone, atol=1e-4)
+
+
+def test_rows_are_longer_where_pairs_then_share_their_prompt():
+    rng = np.random.default_rng(0)
+    items = []
+    for _ in range(100):
+        prompt = rng.integers(0, 512, 100).tolist()
+        for length in rng.integers(80, 120, 2):
+            items.append(EncodedCompletion(prompt, [1] * int(length)))
+    batches = list(scoring.scoring_batches(items))
+    tokens = sum(int((b.sequences.segment > 0).sum()) for b in batches)
+    alone = sum(100 + len(item.completion) for item in items)
+    assert tokens == alone - 100 * 100  # every pair in one row
+
+
 @pytest.mark.parametrize(("longest", "most"), [(2, 0.2), (40, 0.55), (200, 0.55)])
 def test_a_shared_prompt_is_computed_once_for_all_that_fit_its_row(longest, most):
     items = of_few_prompts(400, longest=longest)

@@ -61,11 +61,21 @@ def test_models_that_reason_get_their_own_parameters(client):
     ("parameter", "option"),
     [("max_tokens", "length_parameter"), ("temperature", "send_temperature")],
 )
-def test_a_refused_parameter_names_the_option_that_helps(client, parameter, option):
+def test_a_refused_parameter_stops_and_names_the_option_that_helps(
+    client, parameter, option
+):
     said = {"error": {"message": f"Unsupported parameter: '{parameter}'"}}
     chat, _ = client(script=[(400, said)])
+    with pytest.raises(ValueError, match=f"Unsupported.*chat.{option}"):
+        chat.ask(ask("a"))
+
+
+def test_a_model_that_reasoned_to_the_limit_was_cut_off(client):
+    message = {"role": "assistant", "content": ""}
+    choice = {"index": 0, "message": message, "finish_reason": "length"}
+    chat, _ = client(script=[(200, {"choices": [choice]})], max_tokens=5)
     (reply,) = chat.ask(ask("a"))
-    assert reply.error is not None and f"chat.{option}" in reply.error
+    assert reply.error is not None and "cut off at max_tokens 5" in reply.error
 
 
 def test_what_was_answered_is_not_asked_again(client):
