@@ -75,6 +75,7 @@ def _groups(
     encoded: Sequence[EncodedCompletion],
     longest: int,
     row_length: int | None,
+    tokens_per_batch: int,
     share: bool,
 ) -> tuple[list[_Group], bool]:
     """Groups by row length: the longest's bucket T, then T / 2, then T / 4; and whether
@@ -82,7 +83,7 @@ def _groups(
 
     Everything left is planned in rows of one length; rows that hold a block longer than
     half of it stay, with the short ones that fill their gaps; the rest goes on to the
-    shorter rows, whose attention costs less.
+    shorter rows, whose attention costs less, if it fills a batch.
     """
     size = row_bucket(longest)
     if row_length is not None and longest <= row_length:
@@ -108,6 +109,8 @@ def _groups(
         if row_length is None and shape < MAX_SHAPES - 1 and half >= MIN_ROW_LENGTH:
             stays = (lengths[left] > half) | (members[left] > _slots(half, shares))
             keep = np.bincount(plan.row, weights=stays)[plan.row] > 0
+            if len(np.unique(plan.row[~keep])) * size < tokens_per_batch:
+                keep[:] = True  # less than a batch is not worth compiling for
         if keep.any():
             rows = np.unique(plan.row[keep], return_inverse=True)[1]
             kept = [blocks[n] for n in left[keep]]
@@ -173,7 +176,9 @@ def scoring_batches(
     empty = np.flatnonzero(lengths == 0)
     if empty.size:
         raise ValueError(f"completion {empty[0]}: no token to score")
-    groups, shares = _groups(encoded, int(lengths.max(initial=1)), row_length, share)
+    groups, shares = _groups(
+        encoded, int(lengths.max(initial=1)), row_length, tokens_per_batch, share
+    )
     for size, slots, blocks, row in groups:
         order = np.argsort(row, kind="stable")
         needed = int(row.max()) + 1
