@@ -54,17 +54,23 @@ def heatmaps(
         return style.save(figure, path)
 
 
-def _draw(axes: Axes, panel: Panel) -> None:
+def value_range(panel: Panel) -> tuple[float, float]:
+    """(lowest, highest) of the colours; 0 is in the middle of a signed panel's."""
     low, high = float(np.nanmin(panel.mean)), float(np.nanmax(panel.mean))
-    ends = ["white", style.BLUE]
-    if panel.signed:
-        high = max(abs(low), abs(high))
-        low, ends = -high, [style.VERMILION, "white", style.BLUE]
     # Equal numbers still need a range.
-    span = (high - low) or 1.0
-    colours = LinearSegmentedColormap.from_list("panel", ends)
+    if panel.signed:
+        far = max(abs(low), abs(high)) or 0.5
+        return -far, far
+    return low, high if high > low else low + 1.0
+
+
+def _draw(axes: Axes, panel: Panel) -> None:
+    low, high = value_range(panel)
+    span = high - low
+    losses = [style.VERMILION] if panel.signed else []
+    colours = LinearSegmentedColormap.from_list("panel", [*losses, "white", style.BLUE])
     axes.imshow(
-        panel.mean, origin="lower", cmap=colours, vmin=low, vmax=low + span, aspect=0.7
+        panel.mean, origin="lower", cmap=colours, vmin=low, vmax=high, aspect=0.7
     )
     for (row, column), mean in np.ndenumerate(panel.mean):
         half = panel.half[row, column]

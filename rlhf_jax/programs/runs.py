@@ -71,7 +71,8 @@ def prepare_sets(
     Rows set aside are written to set_aside/NAME.jsonl in the run directory.
 
     Args:
-        prepare: `data.prepare.prepare_pairs` or `prepare_conversations`.
+        prepare: `data.prepare.prepare_pairs`, `prepare_conversations` or
+            `prepare_prompts`.
         config: of the program; its data and rows are read.
         sets: evaluation specs by name.
         encoder: the one encode path.

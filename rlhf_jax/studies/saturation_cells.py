@@ -19,7 +19,8 @@ from rlhf_jax.algorithms.policy import policy_apply
 from rlhf_jax.algorithms.reward_model import reward_apply
 from rlhf_jax.algorithms.rloo import rloo_objective
 from rlhf_jax.data import prepare
-from rlhf_jax.data.encode import EncodedPrompt, Encoder
+from rlhf_jax.data.encode import Encoder
+from rlhf_jax.data.encoded import EncodedPrompt
 from rlhf_jax.data.iterate import Order
 from rlhf_jax.evals.ranking import evaluate_ranking
 from rlhf_jax.models.config import LlamaConfig

@@ -14,7 +14,7 @@ from rlhf_jax.algorithms.policy import policy_apply
 from rlhf_jax.algorithms.reward_model import reward_apply
 from rlhf_jax.algorithms.rloo import rloo_objective
 from rlhf_jax.algorithms.update import init_state, make_update
-from rlhf_jax.data.encode import EncodedCompletion, EncodedPrompt
+from rlhf_jax.data.encoded import EncodedCompletion, EncodedPrompt
 from rlhf_jax.evals import scoring
 from rlhf_jax.models.config import ComputeConfig
 from rlhf_jax.models.heads import predecessors

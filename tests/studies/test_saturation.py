@@ -92,6 +92,13 @@ def test_the_heat_map_draws_equal_numbers_and_missing_intervals(tmp_path):
     assert path.stat().st_size > 1000
 
 
+def test_no_gain_is_drawn_in_the_middle_of_the_colours():
+    zeros = np.zeros((2, 2))
+    assert heatmap.value_range(heatmap.Panel("", zeros, zeros)) == (0, 1)
+    low, high = heatmap.value_range(heatmap.Panel("", zeros, zeros, signed=True))
+    assert low == -high < 0
+
+
 @pytest.mark.slow
 def test_the_study_runs_goes_on_and_takes_more_seeds(tmp_path, monkeypatch):
     options = {
