@@ -30,11 +30,9 @@ from jaxtyping import Array, Bool, Float, Int
 from rlhf_jax.algorithms.policy import PolicyApply
 from rlhf_jax.algorithms.rloo import kl_in_reward
 from rlhf_jax.algorithms.update import Objective, Params, init_state, make_update
+from rlhf_jax.rl import streams
 from rlhf_jax.sampling.generate import Generate
 from rlhf_jax.types import Experience, PromptBatch, Rollout, Sequences, TrainState
-
-_SAMPLING, _UPDATE = 1, 3
-"""Streams of a run's key: those of the program, so that the two draw the same."""
 
 
 @struct.dataclass
@@ -172,17 +170,28 @@ def make_rloo_step(
         prompts: PromptBatch,
         key: jax.Array,
     ) -> tuple[TrainState, dict[str, jax.Array]]:
-        noise = jax.random.fold_in(jax.random.fold_in(key, _SAMPLING), state.step)
+        noise = jax.random.fold_in(
+            jax.random.fold_in(key, streams.SAMPLING), state.step
+        )
         scored = act(state.params, ref, model, prompts, noise)
         batch = to_experience(scored, kl_coef=kl_coef)
-        state, metrics = update(state, batch, jax.random.fold_in(key, _UPDATE))
+        state, metrics = update(state, batch, jax.random.fold_in(key, streams.UPDATE))
         return state, metrics | measure(scored)
 
     return step
 
 
 def to_experience(scored: Scored, *, kl_coef: float) -> Experience:
-    """What RLOO learns from: every completion counts, none was left out."""
+    """What RLOO learns from: every completion counts, none was left out.
+
+    Raises:
+        ValueError: one completion a prompt.
+    """
+    if scored.rewards.shape[1] < 2:
+        raise ValueError(
+            "num_samples: expected at least 2, got 1: RLOO's baseline of each "
+            "completion is the mean of the others"
+        )
     advantages = kl_in_reward(
         scored.rewards,
         scored.kl,
@@ -227,11 +236,18 @@ def make_rloo_run(
     """A pure function (policy, reward model, prompts [S B P], key) -> (policy, metrics)
     that takes S steps from the policy, which is also the reference of the KL.
 
+    An update whose loss or gradient is not finite is skipped: the policy stays that of
+    before it, and the run goes on. update/finite [S] of the metrics is 0 there: look at
+    it, as nothing here can stop.
+
     Args:
-        act: from `make_act`.
+        act: from `make_act`, with at least 2 completions a prompt.
         objective: see `make_rloo_step`.
         tx: optax transformation, its schedule made for S steps.
         kl_coef: see `make_rloo_step`.
+
+    Raises:
+        ValueError: from the function, when it is traced: one completion a prompt.
     """
     step = make_rloo_step(act, objective, tx, kl_coef=kl_coef)
 

@@ -24,6 +24,7 @@ from rlhf_jax.io.run_dir import write_atomic
 from rlhf_jax.programs.experience import Completions, epoch_rng
 from rlhf_jax.programs.supervised import Interrupted, signals
 from rlhf_jax.programs.watch import watch
+from rlhf_jax.rl import streams
 from rlhf_jax.types import Experience, TrainState
 
 
@@ -150,8 +151,7 @@ def reinforce(
         name: getattr(loop, f"{name}_every") or max(1, steps // per_run)
         for name, per_run in (("eval", 10), ("save", 10), ("samples", 20))
     }
-    # Dropout's; the programs fold other numbers in for what is sampled.
-    key = jax.random.fold_in(jax.random.key(seed), 3)
+    key = jax.random.fold_in(jax.random.key(seed), streams.UPDATE)
     completions: Completions | None = None
     with contextlib.ExitStack() as stack:
         manager = stack.enter_context(checkpoint.open_checkpoints(run_dir))

@@ -26,10 +26,8 @@ from rlhf_jax.programs import experience as xp
 from rlhf_jax.programs import rl_metrics
 from rlhf_jax.programs.reinforcement import Learner, RLCursor
 from rlhf_jax.programs.rewards import Rewards
+from rlhf_jax.rl import streams
 from rlhf_jax.types import Rollout, Sequences, TrainState
-
-_SAMPLING, _EVALUATION = 1, 2
-"""Streams of the run's key."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -78,7 +76,7 @@ class Setting:
         order = Order(len(self.prompts), seed=config.seed, groups=self.prompts.groups)
         rows = order(cursor.next_row, config.batch_size)
         prompts = [self.prompts[row] for row in rows]
-        key = jax.random.fold_in(jax.random.key(config.seed), _SAMPLING)
+        key = jax.random.fold_in(jax.random.key(config.seed), streams.SAMPLING)
         rollout = self.sample(
             learner.policy, prompts, jax.random.fold_in(key, cursor.step)
         )
@@ -127,7 +125,7 @@ class Setting:
         """eval/NAME/METRIC on the held-out prompts, with the same noise every time."""
         found: dict[str, float] = {}
         size = self.config.batch_size
-        base = jax.random.fold_in(jax.random.key(self.config.seed), _EVALUATION)
+        base = jax.random.fold_in(jax.random.key(self.config.seed), streams.EVALUATION)
         for name, dataset in self.evals.items():
             rows: list[dict[str, np.ndarray]] = []
             for start in range(0, len(dataset), size):

@@ -30,12 +30,10 @@ from rlhf_jax.models.llama import Llama
 from rlhf_jax.programs import experience as xp
 from rlhf_jax.programs.models import load_policy
 from rlhf_jax.programs.rloo import RlooConfig
+from rlhf_jax.rl import streams
 from rlhf_jax.sampling.generate import make_generate
 from rlhf_jax.testbed.gold import gold_rewards
 from rlhf_jax.types import PromptBatch, Rollout
-
-_EVALUATION = 2
-"""Stream of a run's key, as in the program."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -164,7 +162,7 @@ def measure(
     """
     stacked = stack(models)
     keys = jnp.stack([jax.random.key(seed) for seed in seeds])
-    noise = jax.vmap(lambda key: jax.random.fold_in(key, _EVALUATION))(keys)
+    noise = jax.vmap(lambda key: jax.random.fold_in(key, streams.EVALUATION))(keys)
     trained, curves = bench.runs(
         policy, stacked, stack([bench.prompts(seed) for seed in seeds]), keys
     )

@@ -21,6 +21,7 @@ from rlhf_jax.models.heads import predecessors
 from rlhf_jax.programs import experience as xp
 from rlhf_jax.programs.reinforcement import RLCursor
 from rlhf_jax.programs.rloo import RlooLossConfig, make_targets
+from rlhf_jax.rl import streams
 from rlhf_jax.sampling.generate import SamplingConfig, make_generate
 from rlhf_jax.testing import tiny_config, tiny_llama, tiny_reward_model
 from rlhf_jax.types import PromptBatch, Rollout
@@ -141,7 +142,7 @@ def program(world, pieces, n):
     """(parameters, metrics of each step) of seed n."""
     packing = xp.Packing("padded", row_length=12, rows_multiple_of=1, pad_id=0)
     state, key = init_state(world.policy, TX), world.keys[n]
-    noise, found = jax.random.fold_in(key, 1), []
+    noise, found = jax.random.fold_in(key, streams.SAMPLING), []
     for step, prompts in enumerate(world.prompts):
         batch = jax.tree.map(lambda x, step=step: x[step], world.batches)
         draw = jax.random.fold_in(noise, step)
@@ -163,7 +164,7 @@ def program(world, pieces, n):
         (experience,) = xp.minibatches(
             done, packing, count=1, accum_steps=1, rng=xp.epoch_rng(0, step, 0)
         )
-        update_key = jax.random.fold_in(key, 3)
+        update_key = jax.random.fold_in(key, streams.UPDATE)
         state, metrics = pieces.update(state, experience, update_key)
         found.append(
             {
@@ -214,6 +215,20 @@ def test_each_seed_of_many_takes_the_steps_of_the_program(world):
     for pair in ((first, world.policy), (first, second)):
         leaves = zip(*map(jax.tree.leaves, pair), strict=True)
         assert max(float(jnp.abs(a - b).max()) for a, b in leaves) > 1e-3
+
+
+def test_one_completion_a_prompt_is_refused_when_it_is_traced():
+    policy, rewards, generate, apply, score = table_pieces()
+
+    def one(params, prompts, key):
+        return jax.tree.map(lambda x: x[::SAMPLES], generate(params, prompts, key))
+
+    act = rloo_run.make_act(one, apply, score, eos_id=EOS)
+    run = rloo_run.make_rloo_run(act, rloo_objective(apply), TX, kl_coef=KL_COEF)
+    tokens = np.full((STEPS, 2, 3), 5)
+    prompts = PromptBatch(tokens=jnp.array(tokens), mask=jnp.array(tokens > 0))
+    with pytest.raises(ValueError, match="num_samples: expected at least 2, got 1"):
+        jax.eval_shape(run, policy, rewards[0], prompts, jax.random.key(0))
 
 
 def rollout_of(tokens, mask, stopped):
