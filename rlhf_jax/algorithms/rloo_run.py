@@ -50,6 +50,8 @@ class Scored:
     """k1 estimate of the KL to the reference, in nats."""
 
 
+Score: TypeAlias = Callable[[Params, Params, PromptBatch, Rollout, jax.Array], Scored]
+"""(reference, reward model, prompts, their completions, key) -> Scored."""
 Act: TypeAlias = Callable[[Params, Params, Params, PromptBatch, jax.Array], Scored]
 """(policy, reference, reward model, prompts, key) -> Scored."""
 Run: TypeAlias = Callable[
@@ -70,15 +72,38 @@ def make_act(
 
     Args:
         generate: from `make_generate`, with eos_id as its only stop id.
+        policy: see `make_score`.
+        reward: see `make_score`.
+        eos_id: see `make_score`.
+    """
+    score = make_score(policy, reward, eos_id=eos_id)
+
+    def act(
+        params: Params, ref: Params, model: Params, prompts: PromptBatch, key: jax.Array
+    ) -> Scored:
+        return score(ref, model, prompts, generate(params, prompts, key), key)
+
+    return act
+
+
+def make_score(
+    policy: PolicyApply, reward: Callable[..., jax.Array], *, eos_id: int
+) -> Score:
+    """A pure function that scores completions and asks the reference.
+
+    Args:
         policy: from `policy_apply`, at the temperature of the sampling.
         reward: from `reward_apply`.
         eos_id: ends what the reward model reads, of a completion that was cut too.
     """
 
-    def act(
-        params: Params, ref: Params, model: Params, prompts: PromptBatch, key: jax.Array
+    def score(
+        ref: Params,
+        model: Params,
+        prompts: PromptBatch,
+        rollout: Rollout,
+        key: jax.Array,
     ) -> Scored:
-        rollout = generate(params, prompts, key)
         rows, width = prompts.tokens.shape
         sequences = lay_out(prompts, rollout.tokens, rollout.mask)
         tokens, mask = with_end(rollout, eos_id)
@@ -98,7 +123,7 @@ def make_act(
             kl=away.reshape(rows, -1),
         )
 
-    return act
+    return score
 
 
 def lay_out(

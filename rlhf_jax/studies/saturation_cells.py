@@ -1,8 +1,10 @@
 """One cell of the saturation grid: RLOO of several seeds at once, and what it did.
 
-`open_bench` makes the two compiled functions that serve every cell, `runs` and `judge`,
-both `vmap`ped over seeds: the cells differ in arrays alone, so each compiles once.
-`measure` uses them. Texts are only made at the end, for the gold reward.
+`open_bench` makes the compiled functions that serve every cell: `runs`, `vmap`ped over
+seeds, and `sample` and `score`, which judge one policy each. The cells differ in arrays
+alone, so each compiles once. `begin` and `standardise` make what the cells of a policy
+and of a reward model share; `measure` is a cell. Texts are only made at the end, for
+the gold reward.
 """
 
 import dataclasses
@@ -12,9 +14,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import struct
+from jaxtyping import Array, Float
 
 from rlhf_jax.algorithms import rloo_run
-from rlhf_jax.algorithms.optimizer import make_optimizer, make_schedule
+from rlhf_jax.algorithms.optimizer import (
+    OptimizerConfig,
+    make_optimizer,
+    make_schedule,
+)
 from rlhf_jax.algorithms.policy import policy_apply
 from rlhf_jax.algorithms.reward_model import reward_apply
 from rlhf_jax.algorithms.rloo import rloo_objective
@@ -29,11 +37,32 @@ from rlhf_jax.models.heads import RewardModel
 from rlhf_jax.models.llama import Llama
 from rlhf_jax.programs import experience as xp
 from rlhf_jax.programs.models import load_policy
-from rlhf_jax.programs.rloo import RlooConfig
 from rlhf_jax.rl import streams
-from rlhf_jax.sampling.generate import make_generate
+from rlhf_jax.sampling.generate import SamplingConfig, make_generate
+from rlhf_jax.studies.quickstart import UNROLLED
 from rlhf_jax.testbed.gold import gold_rewards
 from rlhf_jax.types import PromptBatch, Rollout
+
+_SCALE = 4
+"""Stream of the completions that set a reward model's scale; no program draws it."""
+
+
+@struct.dataclass
+class Standardised:
+    """A reward model whose reward is (r - mean) / std."""
+
+    params: Any
+    mean: Float[Array, ""]
+    std: Float[Array, ""]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Start:
+    """What the cells of one policy and seed share."""
+
+    params: Any
+    rollout: Rollout
+    """Its completions of the held-out prompts, by batch."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -52,9 +81,12 @@ class Bench:
     steps: int
     batch_size: int
     runs: Callable[..., Any]
-    """(policy, reward models, prompts, keys) -> (policies, metrics), over seeds."""
-    judge: Callable[..., Any]
-    """(policies, reference, reward models, prompts, keys) -> Judged, over seeds."""
+    """(policies, reward models, prompts, keys) -> (policies, metrics), over seeds."""
+    sample: Callable[..., Any]
+    """(policy, prompts [N/B B P], key) -> completions, by batch."""
+    score: Callable[..., Any]
+    """(reference, reward model, prompts, completions, key) -> (rewards [N G], metrics a
+    batch)."""
 
     def prompts(self, seed: int) -> PromptBatch:
         """[S B P], in the order of a run of the program with that seed."""
@@ -64,60 +96,105 @@ class Bench:
         )
         return jax.tree.map(lambda x: x[rows], self.train)
 
+    def scale_prompts(self) -> PromptBatch:
+        """As many prompts as judge, of those to train on."""
+        return jax.tree.map(
+            lambda x, like: x[: like.shape[0] * like.shape[1]].reshape(like.shape),
+            self.train,
+            self.judged,
+        )
 
-def open_bench(config: RlooConfig, held_out: str) -> Bench:
-    """The bench of an RLOO config: its policy's architecture, prompts and settings.
+
+def open_bench(
+    model: str,
+    *,
+    data: list[str],
+    held_out: str,
+    steps: int,
+    batch_size: int,
+    kl_coef: float,
+    num_samples: int,
+    max_new_tokens: int,
+    optimizer: OptimizerConfig,
+) -> Bench:
+    """The bench of RLOO as the paper has it, at temperature 1; the rest is not chosen.
 
     Args:
-        config: its reward, eval_data and shaping are not read.
+        model: a policy; its architecture and tokenizer are read.
+        data: SPECs of the prompts to train on, at least as many as judge.
         held_out: SPEC of the prompts that judge, a multiple of batch_size.
+        steps: of RLOO.
+        batch_size: prompts of a step.
+        kl_coef: standard deviations of reward per nat.
+        num_samples: completions of a prompt.
+        max_new_tokens: of a completion.
+        optimizer: of the policy.
     """
-    model, _, tokenizer = load_policy(config.model, compute=config.compute)
-    encoder = prepare.make_encoder(tokenizer, config.rows)
-    train, _ = prepare.prepare_prompts(config.data, encoder, config.rows)
-    judges, _ = prepare.prepare_prompts([held_out], encoder, config.rows)
+    llama, _, tokenizer = load_policy(model, compute=UNROLLED)
+    encoder = prepare.make_encoder(tokenizer)
+    train, _ = prepare.prepare_prompts(data, encoder)
+    judges, _ = prepare.prepare_prompts([held_out], encoder)
+    if len(judges) % batch_size or len(judges) > len(train):
+        raise ValueError(
+            f"held_out {held_out}: {len(judges)} prompts; expected a multiple of "
+            f"batch_size {batch_size}, and at most the {len(train)} to train on"
+        )
     listed = [judges[n] for n in range(len(judges))]
     both = _arrays([*(train[n] for n in range(len(train))), *listed], encoder.pad_id)
-    runs, judge = _compiled(config, model, encoder.eos_id)
+    generate = make_generate(
+        llama,
+        SamplingConfig(num_samples=num_samples, max_new_tokens=max_new_tokens),
+        stop_ids=(encoder.eos_id,),
+    )
+    tx = make_optimizer(optimizer, make_schedule(optimizer, steps))
     return Bench(
-        architecture=model.config,
+        architecture=llama.config,
         encoder=encoder,
         train=jax.tree.map(lambda x: x[: len(train)], both),
         groups=train.groups,
         held_out=listed,
         judged=jax.tree.map(
-            lambda x: x[len(train) :].reshape(-1, config.batch_size, x.shape[1]), both
+            lambda x: x[len(train) :].reshape(-1, batch_size, x.shape[1]), both
         ),
-        steps=config.steps,
-        batch_size=config.batch_size,
-        runs=runs,
-        judge=judge,
+        steps=steps,
+        batch_size=batch_size,
+        **_compiled(llama, generate, tx, eos_id=encoder.eos_id, kl_coef=kl_coef),
     )
 
 
 def _compiled(
-    config: RlooConfig, model: Llama, eos_id: int
-) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """runs and judge, see `Bench`."""
-    policy = policy_apply(
-        model, temperature=config.sampling.temperature, deterministic=True
-    )
-    act = rloo_run.make_act(
-        make_generate(model, config.sampling, stop_ids=(eos_id,)),
-        policy,
-        reward_apply(RewardModel(model.config, config.compute), deterministic=True),
-        eos_id=eos_id,
+    llama: Llama, generate: Any, tx: Any, *, eos_id: int, kl_coef: float
+) -> dict[str, Callable[..., Any]]:
+    """runs, sample and score, see `Bench`."""
+    policy = policy_apply(llama, temperature=1.0, deterministic=True)
+    reward = standardised(
+        reward_apply(RewardModel(llama.config, UNROLLED), deterministic=True)
     )
     run = rloo_run.make_rloo_run(
-        act,
-        rloo_objective(policy, clip_eps=config.loss.clip_eps),
-        make_optimizer(config.optimizer, make_schedule(config.optimizer, config.steps)),
-        kl_coef=config.loss.kl_coef,
+        rloo_run.make_act(generate, policy, reward, eos_id=eos_id),
+        rloo_objective(policy),
+        tx,
+        kl_coef=kl_coef,
     )
-    return (
-        jax.jit(jax.vmap(run, in_axes=(None, 0, 0, 0))),
-        jax.jit(jax.vmap(make_judge(act), in_axes=(0, None, 0, None, 0))),
-    )
+    score = rloo_run.make_score(policy, reward, eos_id=eos_id)
+    return {
+        "runs": jax.jit(jax.vmap(run)),
+        "sample": jax.jit(make_sample(generate)),
+        "score": jax.jit(by_batch(score)),
+    }
+
+
+def standardised(reward: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    """The reward of `Standardised` parameters.
+
+    Args:
+        reward: from `reward_apply`.
+    """
+
+    def apply(model: Standardised, *inputs: Any) -> jax.Array:
+        return (reward(model.params, *inputs) - model.mean) / model.std
+
+    return apply
 
 
 def _arrays(prompts: Sequence[EncodedPrompt], pad_id: int) -> PromptBatch:
@@ -127,60 +204,121 @@ def _arrays(prompts: Sequence[EncodedPrompt], pad_id: int) -> PromptBatch:
     return jax.tree.map(lambda x: x[:, :longest], batch)
 
 
-def make_judge(act: rloo_run.Act) -> Callable[..., tuple[Rollout, Any, Any]]:
-    """A pure function (policy, reference, reward model, prompts [N/B B P], key) ->
-    (completions, their rewards [N G], metrics a batch); one batch after the other."""
+def make_sample(generate: Any) -> Callable[..., Rollout]:
+    """A pure function (policy, prompts [N/B B P], key) -> completions, one batch after
+    the other."""
+
+    def sample(params: Any, prompts: PromptBatch, key: jax.Array) -> Rollout:
+        keys = jax.random.split(key, len(prompts.tokens))
+        return jax.lax.map(lambda one: generate(params, *one), (prompts, keys))
+
+    return sample
+
+
+def by_batch(score: rloo_run.Score) -> Callable[..., tuple[jax.Array, Any]]:
+    """A pure function (reference, reward model, prompts [N/B B P], completions, key) ->
+    (their rewards [N G], metrics a batch)."""
 
     def judge(
-        policy: Any, ref: Any, model: Any, prompts: PromptBatch, key: jax.Array
-    ) -> tuple[Rollout, Any, Any]:
-        def one(batch: tuple[PromptBatch, jax.Array]) -> tuple[Rollout, Any, Any]:
-            scored = act(policy, ref, model, *batch)
-            return scored.rollout, scored.rewards, rloo_run.measure(scored)
+        ref: Any, model: Any, prompts: PromptBatch, rollout: Rollout, key: jax.Array
+    ) -> tuple[jax.Array, Any]:
+        def one(batch: tuple[PromptBatch, Rollout]) -> tuple[jax.Array, Any]:
+            scored = score(ref, model, *batch, key)
+            return scored.rewards, rloo_run.measure(scored)
 
-        keys = jax.random.split(key, len(prompts.tokens))
-        rollout, rewards, metrics = jax.lax.map(one, (prompts, keys))
-        flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), (rollout, rewards))
-        return *flat, metrics
+        rewards, metrics = jax.lax.map(one, (prompts, rollout))
+        return rewards.reshape(-1, rewards.shape[-1]), metrics
 
     return judge
 
 
-def measure(
-    bench: Bench, policy: Any, models: Sequence[Any], seeds: Sequence[int]
-) -> list[dict[str, Any]]:
-    """Numbers of each seed: RLOO from a policy under that seed's reward model.
+def begin(bench: Bench, policy: Any, seed: int) -> Start:
+    """A policy that RL starts from, and its completions, sampled once.
 
     Args:
         bench: from `open_bench`.
-        policy: parameters to start from.
-        models: parameters of the reward models, one a seed.
+        policy: parameters.
+        seed: of the noise.
+    """
+    return Start(policy, bench.sample(policy, bench.judged, _noise(seed)))
+
+
+def draw_for_scale(bench: Bench, policy: Any, seed: int) -> Rollout:
+    """Completions of training prompts, for `standardise`."""
+    key = jax.random.fold_in(jax.random.key(seed), _SCALE)
+    return bench.sample(policy, bench.scale_prompts(), key)
+
+
+def standardise(
+    bench: Bench, policy: Any, model: Any, rollout: Rollout
+) -> Standardised:
+    """A reward model whose rewards of some completions have mean 0 and deviation 1.
+
+    Args:
+        bench: from `open_bench`.
+        policy: parameters of the policy that drew them.
+        model: parameters of the reward model.
+        rollout: from `draw_for_scale`.
+
+    Raises:
+        ValueError: all rewards are equal, or one is not finite.
+    """
+    raw = Standardised(model, jnp.zeros(()), jnp.ones(()))
+    rewards, _ = _score(bench, policy, raw, bench.scale_prompts(), rollout)
+    mean, std = float(rewards.mean()), float(rewards.std())
+    if not std > 0 or not np.isfinite(std):
+        raise ValueError(
+            f"reward model: expected rewards of different size, got a standard "
+            f"deviation of {std} over {rewards.size} completions; train it longer"
+        )
+    return Standardised(model, jnp.float32(mean), jnp.float32(std))
+
+
+def _score(bench: Bench, *of: Any) -> tuple[jax.Array, Any]:
+    """bench.score, which draws nothing: models without dropout take any key."""
+    return bench.score(*of, jax.random.key(0))
+
+
+def _noise(seed: int) -> jax.Array:
+    return jax.random.fold_in(jax.random.key(seed), streams.EVALUATION)
+
+
+def measure(
+    bench: Bench,
+    starts: Sequence[Start],
+    models: Sequence[Standardised],
+    seeds: Sequence[int],
+) -> list[dict[str, Any]]:
+    """Numbers of each seed: RLOO from its policy under its reward model.
+
+    Args:
+        bench: from `open_bench`.
+        starts: from `begin`, one a seed.
+        models: from `standardise`, one a seed.
         seeds: of the noise and the order of the prompts.
 
     Raises:
         FloatingPointError: an update was not finite; names seed and step.
     """
-    stacked = stack(models)
-    keys = jnp.stack([jax.random.key(seed) for seed in seeds])
-    noise = jax.vmap(lambda key: jax.random.fold_in(key, streams.EVALUATION))(keys)
     trained, curves = bench.runs(
-        policy, stacked, stack([bench.prompts(seed) for seed in seeds]), keys
+        stack([start.params for start in starts]),
+        stack(models),
+        stack([bench.prompts(seed) for seed in seeds]),
+        jnp.stack([jax.random.key(seed) for seed in seeds]),
     )
-    _check_finite(np.asarray(curves["update/finite"]), seeds)
-    start = jax.tree.map(lambda x: jnp.broadcast_to(x, (len(seeds), *x.shape)), policy)
-    judged = {
-        when: jax.device_get(bench.judge(params, policy, stacked, bench.judged, noise))
-        for when, params in (("before", start), ("after", trained))
-    }
     curves = jax.device_get(curves)
-    return [
-        _seed(
-            bench,
-            jax.tree.map(lambda x, n=n: x[n], curves),
-            {k: jax.tree.map(lambda x, n=n: x[n], v) for k, v in judged.items()},
-        )
-        for n in range(len(seeds))
-    ]
+    _check_finite(np.asarray(curves["update/finite"]), seeds)
+    found = []
+    for n, (start, model, seed) in enumerate(zip(starts, models, seeds, strict=True)):
+        after, curve = jax.tree.map(lambda x, n=n: x[n], (trained, curves))
+        drawn = bench.sample(after, bench.judged, _noise(seed))
+        judged = {
+            when: (rollout, *_score(bench, start.params, model, bench.judged, rollout))
+            for when, rollout in (("before", start.rollout), ("after", drawn))
+        }
+        one = _seed(bench, curve, jax.device_get(judged))
+        found.append(one | {"reward_std": float(model.std)})
+    return found
 
 
 def stack(trees: Sequence[Any]) -> Any:
@@ -203,7 +341,8 @@ def _seed(
 ) -> dict[str, Any]:
     """The numbers of one seed, from its curves [S] and its completions."""
     found: dict[str, Any] = {}
-    for when, (rollout, rewards, metrics) in judged.items():
+    for when, (batches, rewards, metrics) in judged.items():
+        rollout = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), batches)
         texts = xp.as_texts(bench.held_out, rollout, bench.encoder)
         gold = np.array(gold_rewards(texts.prompts, texts.completions))
         by_prompt = list(gold.reshape(rewards.shape))
@@ -223,7 +362,7 @@ def _seed(
         for name in ("reward/proxy", "policy/kl", "completion/length")
     }
     found["compute"] = _compute(
-        bench.architecture, curves, [metrics for *_, metrics in judged.values()]
+        bench.architecture, curves, judged["before"][2], judged["after"][2]
     )
     return found
 
@@ -245,23 +384,28 @@ def _retokenised(encoder: Encoder, texts: xp.Texts, rollout: Rollout) -> float:
 
 
 def _compute(
-    architecture: LlamaConfig, curves: dict[str, Any], judged: Sequence[dict[str, Any]]
+    architecture: LlamaConfig,
+    curves: dict[str, Any],
+    before: dict[str, Any],
+    after: dict[str, Any],
 ) -> dict[str, float]:
     """Tokens, and FLOPs by `train_flops`: a forward is a third of a training step.
 
     A step of RLOO is sampling, reference, reward model and update, so two of them;
-    judging is the first three. Padding is not counted.
+    judging is the first three, without sampling before RL, where the completions are
+    those of the policy's other cells. Padding is not counted.
     """
-    total = {name: float(np.sum(v)) for name, v in curves.items() if "count/" in name}
-    flops = 2 * train_flops(
-        architecture, tokens=total["count/tokens"], visible=total["count/visible"]
-    )
-    sampled = total["count/new_tokens"]
-    for metrics in judged:
-        sampled += float(np.sum(metrics["count/new_tokens"]))
-        flops += train_flops(
+
+    def flops(metrics: dict[str, Any]) -> float:
+        return train_flops(
             architecture,
             tokens=float(np.sum(metrics["count/tokens"])),
             visible=float(np.sum(metrics["count/visible"])),
         )
-    return {"sampled": sampled, "trained": total["count/tokens"], "flops": flops}
+
+    new = [float(np.sum(each["count/new_tokens"])) for each in (curves, after)]
+    return {
+        "sampled": sum(new),
+        "trained": float(np.sum(curves["count/tokens"])),
+        "flops": 2 * flops(curves) + flops(after) + 2 / 3 * flops(before),
+    }
