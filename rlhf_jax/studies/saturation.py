@@ -5,6 +5,13 @@ number of their training pairs, and RLOO in every cell, from that policy under t
 reward model. Gold reward on held-out prompts before and after, and the gain from one
 quality to the next along each axis beside the gain of the stage itself.
 
+What is replicated: a seed has SFT policies of its own (demonstrations, weights, order),
+reward models that start from its best policy (pairs, labels, head, order), and RLOO
+runs from its own policies (order, sampling). The prompts of RLOO and those that judge
+are the same for all. Every reward model sees its pairs once, so more pairs are more
+steps too; its rewards are standardised on completions of the policy that it started
+from, so that kl_coef weighs the same in every column.
+
 The policies and reward models are runs of the programs. RLOO of all seeds of a cell is
 one call of one pure function, `algorithms.rloo_run`, `vmap`ped over seeds; the grid
 compiles it once. A cell has a file, so that a stopped study goes on, and more seeds
@@ -26,10 +33,9 @@ from rich.console import Console
 
 from rlhf_jax.io import heatmap
 from rlhf_jax.io.run_dir import write_atomic
-from rlhf_jax.programs import reward, rloo, sft
+from rlhf_jax.programs import reward, sft
 from rlhf_jax.programs.models import load_policy, load_reward_model
 from rlhf_jax.programs.supervised import LoopConfig
-from rlhf_jax.sampling.generate import SamplingConfig
 from rlhf_jax.studies import saturation_cells as cells
 from rlhf_jax.studies import saturation_tables as tables
 from rlhf_jax.studies.quickstart import (
@@ -41,10 +47,12 @@ from rlhf_jax.studies.quickstart import (
 )
 from rlhf_jax.studies.seeds import once, read, study_dir
 from rlhf_jax.studies.world import BATCH_SIZE
+from rlhf_jax.types import Rollout
 
-HELD_OUT_PAIRS = "testbed:val_id?size=1000&seed=1000"
-"""Pairs without label noise that judge every reward model; their prompts are drawn with
-a seed that no reward model trains on."""
+HELD_OUT_PAIRS = "testbed:val_prompt_ood?size=1000&seed=1000"
+"""Pairs without label noise that judge every reward model, of tasks in a pool that no
+training set is of, in wordings of their own. (val_id would draw from the tasks of the
+training pairs.)"""
 LOADED = {"policy": load_policy, "reward": load_reward_model}
 
 
@@ -55,17 +63,19 @@ class SaturationConfig:
     run_dir: str = "runs/saturation"
     """Directory of the study; each run has its own inside, each cell a file."""
     seeds: int = 3
-    """Reward models of each quality, and RLOO runs of each cell."""
+    """Policies and reward models of each quality, and RLOO runs of each cell."""
     sft_steps: tuple[int, ...] = (60, 120, 250, 500)
     """Optimizer steps of the SFT policies, rising."""
     pairs: tuple[int, ...] = (250, 1000, 4000, 16000)
-    """Training pairs of the reward models, rising; all start from the last policy."""
-    least_reward_steps: int = 40
-    """Optimizer steps of a reward model whose pairs make fewer in one epoch."""
+    """Training pairs of the reward models, rising; each is seen once. They
+    start from the last policy of their seed."""
     steps: int = 40
     """RLOO steps of 32 prompts with four completions each."""
     kl_coef: float = 0.1
-    """Weight of the KL penalty, as in seam-filter."""
+    """Weight of the KL penalty: standard deviations of reward per nat."""
+    least_gain: float = 0.02
+    """Smallest gain in gold that matters: saturation is claimed where the interval of a
+    gain lies below it."""
     max_new_tokens: int = 32
     """Of a completion: the run computes them all, and 99 of 100 are shorter."""
     eval_prompts: int = 256
@@ -79,11 +89,15 @@ class SaturationConfig:
                 raise ValueError(
                     f"{name}: expected rising numbers from 1, got {values}"
                 )
-        for name in ("least_reward_steps", "steps", "eval_prompts", "max_new_tokens"):
+        for name in ("steps", "eval_prompts", "max_new_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(
                     f"{name}: expected at least 1, got {getattr(self, name)}"
                 )
+        if not self.least_gain > 0:
+            raise ValueError(
+                f"least_gain: expected a number above 0, got {self.least_gain}"
+            )
         size = rloo_config(QuickstartConfig()).batch_size
         if self.eval_prompts % size:
             raise ValueError(
@@ -96,8 +110,9 @@ def run(config: SaturationConfig) -> dict[str, Any]:
     """Runs what is not there yet; writes study.json and a plot; prints the tables."""
     with study_dir(config) as root:
         policies = {
-            steps: once(sft.run, policy_config(config, steps))
+            (steps, seed): once(sft.run, policy_config(config, steps, seed))
             for steps in config.sft_steps
+            for seed in range(config.seeds)
         }
         models = {
             (pairs, seed): once(reward.run, model_config(config, pairs, seed))
@@ -107,12 +122,27 @@ def run(config: SaturationConfig) -> dict[str, Any]:
         # Opened only where a cell is missing; one that is read needs nothing.
         bench = functools.cache(lambda: _open_bench(config))
         load = functools.cache(_params)
+        best = config.sft_steps[-1]
+
+        @functools.cache
+        def start(steps: int, seed: int) -> cells.Start:
+            return cells.begin(bench(), load("policy", policies[steps, seed]), seed)
+
+        @functools.cache
+        def for_scale(seed: int) -> Rollout:
+            policy = load("policy", policies[best, seed])
+            return cells.draw_for_scale(bench(), policy, seed)
+
+        @functools.cache
+        def model(pairs: int, seed: int) -> cells.Standardised:
+            policy = load("policy", policies[best, seed])
+            params = load("reward", models[pairs, seed])
+            return cells.standardise(bench(), policy, params, for_scale(seed))
 
         def measure(steps: int, pairs: int, seeds: Sequence[int]) -> list[dict]:
-            rewards = [load("reward", models[pairs, seed]) for seed in seeds]
-            return cells.measure(
-                bench(), load("policy", policies[steps]), rewards, seeds
-            )
+            starts = [start(steps, seed) for seed in seeds]
+            rewards = [model(pairs, seed) for seed in seeds]
+            return cells.measure(bench(), starts, rewards, seeds)
 
         grid = {
             (steps, pairs): _cell(
@@ -140,49 +170,46 @@ def _plot(config: SaturationConfig, found: dict[str, Any], path: pathlib.Path) -
     )
 
 
-def policy_config(config: SaturationConfig, steps: int) -> sft.SftConfig:
-    """The SFT run of a quality."""
-    base = QuickstartConfig(run_dir=config.run_dir, sft_steps=steps)
+def policy_config(config: SaturationConfig, steps: int, seed: int) -> sft.SftConfig:
+    """The SFT run of a quality and a seed; the last step's policy counts."""
+    base = QuickstartConfig(run_dir=config.run_dir, sft_steps=steps, seed=seed)
     return dataclasses.replace(
-        sft_config(base), run_dir=f"{config.run_dir}/sft-{steps}"
+        sft_config(base),
+        run_dir=f"{config.run_dir}/sft-{steps}-{seed}",
+        loop=LoopConfig(eval_every=steps, keep=1),
     )
 
 
 def model_config(
     config: SaturationConfig, pairs: int, seed: int
 ) -> reward.RewardConfig:
-    """The reward model of a quality and a seed: about one epoch of its pairs."""
-    steps = max(config.least_reward_steps, -(-pairs // BATCH_SIZE))
+    """The reward model of a quality and a seed: one epoch of its pairs."""
+    steps = -(-pairs // BATCH_SIZE)
     base = QuickstartConfig(
         run_dir=config.run_dir, pairs=pairs, reward_steps=steps, seed=seed
     )
     return dataclasses.replace(
         reward_config(base),
         run_dir=f"{config.run_dir}/reward-{pairs}-{seed}",
-        model=f"{config.run_dir}/sft-{config.sft_steps[-1]}",
+        model=f"{config.run_dir}/sft-{config.sft_steps[-1]}-{seed}",
         eval_data=[f"held_out={HELD_OUT_PAIRS}"],
         loop=LoopConfig(eval_every=steps, keep=1),
     )
 
 
-def rl_config(config: SaturationConfig) -> rloo.RlooConfig:
-    """RLOO as the quickstart does it; of a cell it leaves out which reward model."""
-    base = QuickstartConfig(run_dir=config.run_dir, rloo_steps=config.steps)
-    plain = rloo_config(base)
-    sampling: SamplingConfig = dataclasses.replace(
-        plain.sampling, max_new_tokens=config.max_new_tokens
-    )
-    return dataclasses.replace(
-        plain,
-        model=f"{config.run_dir}/sft-{config.sft_steps[-1]}",
-        loss=rloo.RlooLossConfig(kl_coef=config.kl_coef),
-        sampling=sampling,
-    )
-
-
 def _open_bench(config: SaturationConfig) -> cells.Bench:
+    """RLOO on the quickstart's prompts and with its optimizer, from any policy."""
+    plain = rloo_config(QuickstartConfig(run_dir=config.run_dir))
     return cells.open_bench(
-        rl_config(config), f"testbed:rl_val?size={config.eval_prompts}&seed=1"
+        str(policy_config(config, config.sft_steps[-1], 0).run_dir),
+        data=plain.data,
+        held_out=f"testbed:rl_val?size={config.eval_prompts}&seed=1",
+        steps=config.steps,
+        batch_size=plain.batch_size,
+        kl_coef=config.kl_coef,
+        num_samples=plain.sampling.num_samples,
+        max_new_tokens=config.max_new_tokens,
+        optimizer=plain.optimizer,
     )
 
 
@@ -213,7 +240,7 @@ def _cell(
 def _summary(
     config: SaturationConfig,
     grid: Mapping[tuple[int, int], dict[str, Any]],
-    policies: Mapping[int, pathlib.Path],
+    policies: Mapping[tuple[int, int], pathlib.Path],
     models: Mapping[tuple[int, int], pathlib.Path],
 ) -> dict[str, Any]:
     """study.json: cells, accuracies and the compute of everything."""
@@ -228,6 +255,7 @@ def _summary(
         "schema": 1,
         "sft_steps": list(config.sft_steps),
         "pairs": list(config.pairs),
+        "least_gain": config.least_gain,
         "accuracy": accuracy,
         "cells": {f"{a}-{b}": cell["seeds"] for (a, b), cell in grid.items()},
         "compute": {

@@ -1,4 +1,9 @@
-"""Tables and panels of the saturation study, from its study.json."""
+"""Tables and panels of the saturation study, from its study.json.
+
+Intervals are Student's over seeds, and everything that learns is replicated: a seed is
+a policy of each quality, a reward model of each quality and the RLOO runs between them.
+Differences are within a seed. `verdict` says when they are called saturated.
+"""
 
 import itertools
 from collections.abc import Callable
@@ -8,7 +13,7 @@ import numpy as np
 from rich.table import Table
 
 from rlhf_jax.io.heatmap import Panel
-from rlhf_jax.studies.statistics import interval, paired
+from rlhf_jax.studies.statistics import Interval, interval
 
 Found = dict[str, Any]
 Number = Callable[[dict[str, Any]], float]
@@ -45,9 +50,15 @@ def panels(found: Found) -> list[Panel]:
         np.apply_along_axis(lambda x: interval(x.tolist()).half, 2, v)
         for v in (gold, gained)
     ]
+    over = f"(± 95 %, {_seeds(found)} seeds)"
     return [
-        Panel("Gold reward after RLOO", gold.mean(axis=2), halves[0]),
-        Panel("Gain over the SFT policy", gained.mean(axis=2), halves[1], signed=True),
+        Panel(f"Gold after RLOO {over}", gold.mean(axis=2), halves[0]),
+        Panel(
+            f"Gain over the SFT policy {over}",
+            gained.mean(axis=2),
+            halves[1],
+            signed=True,
+        ),
     ]
 
 
@@ -75,23 +86,45 @@ def _grid(found: Found, title: str, number: Number, *, signed: bool = False) -> 
         intervals = [interval(cell) for cell in grid[row]]
         shown = [str(one) if signed else one.plain() for one in intervals]
         table.add_row(f"{steps:,} ({sft[row]:.3f})", *shown)
-    table.caption = "in brackets: gold of the SFT policy, held-out accuracy of the "
-    table.caption += "reward models"
+    table.caption = "means and 95 % intervals over seeds, each with its own SFT "
+    table.caption += "policies, reward models and RLOO runs; prompts are shared. In "
+    table.caption += "brackets: gold of the SFT policies; accuracy of the reward "
+    table.caption += "models on pairs of new prompts"
     return table
+
+
+def verdict(gain: Interval, least: float) -> str:
+    """What an interval of a gain says of one of size `least`.
+
+    Args:
+        gain: over seeds.
+        least: smallest gain that matters, above 0.
+
+    >>> verdict(Interval(0.005, 0.01), 0.02), verdict(Interval(0.005, 0.03), 0.02)
+    ('saturated', 'open')
+    """
+    if gain.mean + gain.half < least:
+        return "saturated"
+    if gain.mean - gain.half > 0:
+        return "gains"
+    return "open"
 
 
 def _steps(found: Found) -> Table:
     """From one quality to the next: of the stage itself, and of RLOO's gold."""
-    table = Table(title="what the next quality adds, paired over seeds")
+    table = Table(title=f"what the next quality adds; {_seeds(found)} seeds")
     table.add_column("from, to")
     for name in (
         "SFT gold, or accuracy",
         "gold after RLOO, mean over the others",
+        "verdict",
         "gold after RLOO, at the best other",
+        "verdict",
     ):
         table.add_column(name, justify="right")
     gold = values(found, after("gold"))
     own = values(found, lambda one: one["before"]["gold"]).mean(axis=1)
+    least = found["least_gain"]
     accuracy = np.array([found["accuracy"][str(pairs)] for pairs in found["pairs"]])
     axes = (
         ("SFT steps", found["sft_steps"], own, gold),
@@ -99,19 +132,23 @@ def _steps(found: Found) -> Table:
     )
     for name, qualities, stage, grid in axes:
         for n, (low, high) in enumerate(itertools.pairwise(qualities)):
-            table.add_row(
-                f"{low:,} -> {high:,} {name}",
-                str(paired(stage[n + 1], stage[n])),
-                str(paired(grid[n + 1].mean(axis=0), grid[n].mean(axis=0))),
-                str(paired(grid[n + 1, -1], grid[n, -1])),
-            )
+            step = grid[n + 1] - grid[n]
+            gains = [interval(step.mean(axis=0)), interval(step[-1])]
+            cells = [text for g in gains for text in (str(g), verdict(g, least))]
+            own_gain = interval(stage[n + 1] - stage[n])
+            table.add_row(f"{low:,} -> {high:,} {name}", str(own_gain), *cells)
+    table.caption = "differences within a seed, 95 % intervals over seeds, no "
+    table.caption += "correction for their number. Saturated: the interval lies below "
+    table.caption += f"a gain of {least:g} gold; gains: above 0; open: neither"
     return table
 
 
 _CELL: dict[str, tuple[Number, str]] = {
-    "proxy gain": (gain("proxy"), "+.2f"),
+    "proxy gain, SD": (gain("proxy"), "+.2f"),
+    "SD of raw reward": (lambda one: one["reward_std"], ".2f"),
     "KL": (after("kl"), ".2f"),
     "tokens": (after("length"), ".1f"),
+    "eos rate": (after("eos_rate"), ".3f"),
     "mismatch, SFT": (lambda one: _or_nan(one["before"]["mismatch"]), ".3f"),
     "mismatch, after": (lambda one: _or_nan(one["after"]["mismatch"]), ".3f"),
     "retokenised": (after("retokenised"), ".3f"),
@@ -135,7 +172,8 @@ def _cells(found: Found) -> Table:
             ]
             table.add_row(f"{steps:,}", f"{pairs:,}", *numbers)
     table.caption = "mismatch: pairs of completions of a prompt that the reward model "
-    table.caption += "misorders"
+    table.caption += "misorders; SD: standard deviation over completions of the policy "
+    table.caption += "that the reward model started from"
     return table
 
 
@@ -155,7 +193,9 @@ def _compute(found: Found) -> Table:
             f"{part['wall_s']:,.0f}",
         )
     table.caption = "FLOPs without padding, embeddings and heads; seconds of SFT and "
-    table.caption += "reward models are their steps', those of RLOO whole cells'"
+    table.caption += "reward models are their steps', those of RLOO whole cells'. "
+    table.caption += "Not counted: completions before RLOO, sampled once a policy, and "
+    table.caption += "those that standardise the rewards"
     return table
 
 

@@ -8,7 +8,12 @@ from rich.console import Console
 
 from rlhf_jax.io import heatmap
 from rlhf_jax.studies import saturation, saturation_tables
+from rlhf_jax.studies import saturation_cells as cells
 from rlhf_jax.studies.saturation import SaturationConfig
+from rlhf_jax.studies.statistics import Interval
+from rlhf_jax.testbed.prompts import pool_of
+from rlhf_jax.testbed.rows import rows
+from rlhf_jax.testbed.tasks import Task, parse_prompt
 
 
 @pytest.mark.parametrize(
@@ -17,6 +22,7 @@ from rlhf_jax.studies.saturation import SaturationConfig
         ({"pairs": (1000, 250)}, r"pairs: expected rising numbers from 1, got \(1000"),
         ({"sft_steps": ()}, r"sft_steps: expected rising numbers from 1, got \(\)"),
         ({"steps": 0}, "steps: expected at least 1, got 0"),
+        ({"least_gain": 0.0}, "least_gain: expected a number above 0, got 0.0"),
         ({"eval_prompts": 40}, "eval_prompts 40: expected a multiple of 32"),
     ],
 )
@@ -25,11 +31,70 @@ def test_grids_that_cannot_be_are_refused(changes, message):
         SaturationConfig(**changes)
 
 
-def test_a_reward_model_sees_its_pairs_about_once():
+def test_a_reward_model_sees_its_pairs_once():
     config = SaturationConfig()
     steps = [saturation.model_config(config, n, 0).steps for n in config.pairs]
-    assert steps == [40, 40, 63, 250]
-    assert saturation.model_config(config, 250, 0).model.endswith("sft-500")
+    assert steps == [4, 16, 63, 250]
+    assert saturation.model_config(config, 1, 0).steps == 1
+
+
+def test_a_seed_has_policies_of_its_own_and_reward_models_on_its_best():
+    config = SaturationConfig()
+    made = [
+        saturation.policy_config(config, steps, seed)
+        for steps in config.sft_steps
+        for seed in range(3)
+    ]
+    assert len({one.run_dir for one in made}) == 12
+    assert {(one.seed, *one.data) for one in made} == {
+        (seed, f"testbed:sft?size=10000&seed={seed}") for seed in range(3)
+    }
+    assert all(one.loop.eval_every == one.steps for one in made)
+    for seed in range(3):
+        model = saturation.model_config(config, 250, seed)
+        assert model.model == made[9 + seed].run_dir and model.seed == seed
+
+
+def contents(name, **options):
+    return [parse_prompt(row["prompt"]).content for row in rows(name, **options)]
+
+
+def test_held_out_pairs_share_no_task_with_training_pairs():
+    name, options = saturation.HELD_OUT_PAIRS.removeprefix("testbed:").split("?")
+    held_out = set(contents(name, **dict(o.split("=") for o in options.split("&"))))
+    assert len(held_out) == 1000
+    for seed in range(3):
+        assert held_out.isdisjoint(contents("train", size=100, seed=seed))
+    # Pools are disjoint by content, whatever the size and the seed.
+    tasks_of = {"train": contents("train", size=100), "ood": held_out}
+    for pool, found in tasks_of.items():
+        for content in found:
+            family, key, items = content.split("|")
+            task = Task(family, tuple(items.split()), tuple(key.split()))
+            assert pool_of(task) == pool
+
+
+def test_rewards_are_standardised_by_what_the_model_carries():
+    reward = cells.standardised(lambda params, x: params * x)
+    rewards = reward(cells.Standardised(2.0, 3.0, 4.0), np.array([1.0, 4.0]))
+    np.testing.assert_allclose(rewards, [-0.25, 1.25])
+
+
+@pytest.mark.parametrize(
+    ("mean", "half", "says"),
+    [
+        (0.0, 0.019, "saturated"),
+        (0.01, 0.01, "open"),
+        (0.015, 0.01, "gains"),
+        (0.01, 0.005, "saturated"),
+        (-0.1, 0.01, "saturated"),
+        (0.0, float("nan"), "open"),
+    ],
+)
+def test_saturation_is_claimed_only_where_the_interval_excludes_the_gain(
+    mean, half, says
+):
+    assert saturation_tables.verdict(Interval(mean, half), 0.02) == says
 
 
 def test_a_cell_makes_only_the_seeds_that_its_file_lacks(tmp_path):
@@ -51,12 +116,19 @@ def study(gold):
 
     def seed(row, value):
         side = {"proxy": 0, "kl": 1, "length": 9, "mismatch": None, "retokenised": 0}
+        side["eos_rate"] = 0.975
         before = side | {"gold": [0.2, 0.4][row] + value / 100}
-        return {"before": before, "after": side | {"gold": value}, "compute": part}
+        return {
+            "before": before,
+            "after": side | {"gold": value},
+            "reward_std": 1.5,
+            "compute": part,
+        }
 
     return {
         "sft_steps": [1, 2],
         "pairs": [10, 20],
+        "least_gain": 0.02,
         "accuracy": {"10": [0.5, 0.6], "20": [0.7, 0.9]},
         "cells": {
             f"{steps}-{pairs}": [seed(row, float(v)) for v in gold[row, column]]
@@ -76,12 +148,15 @@ def test_steps_along_an_axis_are_paired_means_over_the_other():
     assert columns[1][1].startswith("+0.250")
     assert [cell[:6] for cell in columns[2]] == ["+0.465", "+0.165"]
     # ... .3 and .56 with the most pairs; .1 and .16 of pairs after the longer SFT.
-    assert [cell[:6] for cell in columns[3]] == ["+0.430", "+0.130"]
+    assert [cell[:6] for cell in columns[4]] == ["+0.430", "+0.130"]
+    # Two seeds: intervals are as wide as t is at one degree of freedom.
+    assert columns[3] == columns[5] == ["open", "open"]
     console = Console(width=120, record=True)
     for table in tables:
         console.print(table)
     text = console.export_text()
     assert "0.150 ±" in text and "1 (0.20" in text and "10 pairs (0.550)" in text
+    assert "0.975" in text and "a gain of 0.02 gold" in text and "(p " not in text
 
 
 def test_the_heat_map_draws_equal_numbers_and_missing_intervals(tmp_path):
@@ -105,7 +180,6 @@ def test_the_study_runs_goes_on_and_takes_more_seeds(tmp_path, monkeypatch):
         "run_dir": str(tmp_path / "s"),
         "sft_steps": (2, 4),
         "pairs": (64, 128),
-        "least_reward_steps": 2,
         "steps": 2,
         "eval_prompts": 32,
         "max_new_tokens": 8,
