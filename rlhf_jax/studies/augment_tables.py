@@ -4,7 +4,7 @@ from typing import Any
 
 from rich.table import Table
 
-from rlhf_jax.studies.statistics import interval, paired
+from rlhf_jax.studies.statistics import Interval, interval, paired
 
 Found = list[dict[str, dict[str, float]]]
 """For each seed, arm -> number -> value."""
@@ -26,11 +26,21 @@ _PARTS: dict[str, tuple[str, dict[str, str]]] = {
             "accuracy": "accuracy, held-out pairs",
             "accuracy_new": "of new prompts",
             "agreement": "agreement with gold on the policy's completions",
-            "risk_lowest": "risk of the lowest prompts",
-            "risk_others": "risk of others",
+            "risk_lowest": "risk of lowest prompts without rows",
+            "risk_others": "risk of others without rows",
         },
     ),
 }
+_ROWS = {
+    "lowest": "lowest prompts",
+    "not_misjudged": "of them without a misjudged completion",
+    "guided_pairs": "guided pairs",
+    "random_pairs": "random pairs",
+    "texts_in_rows": "share of the texts of the risk that are in some added row",
+}
+"""Number of a seed's added rows -> title."""
+PRIMARY = ("gold", "both")
+"""The comparison that has a p value: of guided with random rows."""
 _WHAT = ("policy", "reward model", "both")
 _DIFFERENCES = {
     "gold": ("gold after RLOO", _WHAT),
@@ -39,10 +49,25 @@ _DIFFERENCES = {
     "accuracy": ("accuracy, held-out pairs", ("reward model",)),
     "accuracy_new": ("accuracy, new prompts", ("reward model",)),
     "agreement": ("agreement with gold", _WHAT),
-    "risk_lowest": ("risk of the lowest prompts", _WHAT),
-    "risk_others": ("risk of others", _WHAT),
+    "risk_lowest": ("risk, lowest prompts without rows", _WHAT),
+    "risk_others": ("risk, others without rows", _WHAT),
 }
 """Number -> (title, what it can differ with)."""
+
+
+def row_table(found: list[dict[str, float]]) -> Table:
+    """What was added, a row a seed.
+
+    Args:
+        found: numbers of each seed.
+    """
+    made = Table(title="added rows")
+    made.add_column("seed", justify="right")
+    for name in _ROWS.values():
+        made.add_column(name, justify="right")
+    for seed, numbers in enumerate(found):
+        made.add_row(str(seed), *(f"{numbers[key]:g}" for key in _ROWS))
+    return made
 
 
 def table(found: Found, part: str) -> Table:
@@ -65,7 +90,7 @@ def table(found: Found, part: str) -> Table:
 
 def difference_table(found: Found) -> Table:
     """Paired differences over seeds: random and guided rows against none, and guided
-    against random."""
+    against random. Only the primary comparison is tested."""
     made = Table(title=f"paired differences, {len(found)} seeds", show_lines=True)
     for name in ("", "added rows for", "random - none", "guided - none"):
         made.add_column(name)
@@ -77,6 +102,12 @@ def difference_table(found: Found) -> Table:
                 for arm in ("none", f"{what}, random", f"{what}, guided")
             )
             pairs: Any = ((random, none), (guided, none), (guided, random))
-            cells = (str(paired(*each)) for each in pairs)
-            made.add_row(title if what == concerned[0] else "", what, *cells)
+            cells = [paired(*each) for each in pairs]
+            shown = [str(Interval(each.mean, each.half)) for each in cells]
+            if (key, what) == PRIMARY:
+                shown[-1] = str(cells[-1])
+            made.add_row(title if what == concerned[0] else "", what, *shown)
+    made.caption = "95 % intervals over seeds. p: the primary comparison, gold after "
+    made.caption += "RLOO with both taught, guided against random rows; the others are "
+    made.caption += "not tested"
     return made

@@ -1,10 +1,14 @@
 """`rlhf-jax study seam-augment`: training rows of the prompts of the lowest SEAM.
 
-For every seed an SFT policy and a reward model, and their SEAM on the RL prompts.
-`seam-augment` makes SFT rows and pairs of the lowest prompts (guided) and as many of
-random ones (random, the control). With these the policy, the reward model or both are
-trained again; then RLOO, on the same prompts in every arm. Gold reward on held-out
-prompts, and what became of the pair before RL.
+For every seed an SFT policy and a reward model, and their SEAM on the RL prompts, which
+are cut into two halves. Of the first, SFT rows and pairs are made as `seam-augment`
+makes them: of the lowest prompts (guided) and as many of random ones (random, the
+control). With these the policy, the reward model or both are trained again; then RLOO,
+on the same prompts in every arm. Gold reward on held-out prompts, and what became of
+the pair before RL: its risk is measured on the second half, of which no arm has a row.
+
+The primary comparison, the only one with a p value, is gold after RLOO, guided rows
+against random ones, both policy and reward model taught.
 
 What is equal in all arms: optimizer steps, rows of a step, seeds and orders, and the
 base. A policy is trained anew, from the weights that the first one started from; a
@@ -24,24 +28,25 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from rlhf_jax.curation.seam import scores
-from rlhf_jax.programs import reward, rloo, seam, seam_augment, sft
+from rlhf_jax.curation.seam import augment, scores
+from rlhf_jax.programs import reward, rloo, seam, sft
 from rlhf_jax.programs.adversary import AttackConfig
 from rlhf_jax.programs.scored_rows import read_jsonl, write_whole
 from rlhf_jax.programs.seam_select import read_run
 from rlhf_jax.programs.supervised import LoopConfig
 from rlhf_jax.programs.worse import Estimator
-from rlhf_jax.studies.augment_tables import difference_table, table
+from rlhf_jax.studies.augment_tables import difference_table, row_table, table
 from rlhf_jax.studies.quickstart import QuickstartConfig, reward_config, sft_config
 from rlhf_jax.studies.samples import agreement, sample
 from rlhf_jax.studies.seeds import by_seed, once, read, study_dir
 from rlhf_jax.studies.stages import ESTIMATORS, judged_rloo, summarise
+from rlhf_jax.testbed.prompts import generator
 
 FILES = {
     "random": ("random-sft.jsonl", "random-pairs.jsonl"),
     "guided": ("sft.jsonl", "pairs.jsonl"),
 }
-"""Added rows -> (their SFT rows, their pairs), files of `seam-augment`."""
+"""Added rows -> (their SFT rows, their pairs), files as those of `seam-augment`."""
 ROWS = ("none", *FILES)
 ARMS = {
     "none": ("none", "none"),
@@ -53,8 +58,17 @@ ARMS = {
 JUDGED = 128
 """Held-out prompts, four completions each, on which a pair's agreement with gold is
 measured."""
-WORSE = 10
-"""Most worse completions of a prompt when the risk of a pair is measured again."""
+WORSE = 5
+"""Worse completions of each prompt when the risk of a pair is measured again; prompts
+with fewer are not measured."""
+
+
+AGAIN = "again.jsonl"
+"""The prompts that risk is measured on."""
+_STREAM = ("seam-augment",)
+"""First label of this study's random draws; each has a name of its own after it."""
+Line = dict[str, Any]
+"""Of a seam.jsonl."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,8 +83,9 @@ class SeamAugmentStudyConfig:
     """RL prompts."""
     estimator: Estimator = "contrast"
     """Whose scores choose the prompts."""
-    lowest: float = 0.2
-    """Share of the prompts that rows are made of."""
+    lowest: float = 0.4
+    """Share of the prompts of a half that counts as lowest: rows are made of it in the
+    first half, and risk is measured on it in the second."""
     pairs: int = 4
     """Most pairs of a prompt."""
     share: float = 0.1
@@ -94,6 +109,11 @@ class SeamAugmentStudyConfig:
                 f"lowest {self.lowest}, pairs {self.pairs}: expected a share in "
                 "(0, 0.5], as many prompts being left to compare with, and at least 1"
             )
+        if round(self.lowest * (self.prompts // 2)) < 1:
+            raise ValueError(
+                f"prompts {self.prompts}: the lowest {self.lowest:g} of a half is no "
+                "prompt; take more prompts or a larger share"
+            )
         if not 0 < self.share < 1:
             raise ValueError(f"share: expected a share in (0, 1), got {self.share}")
 
@@ -103,16 +123,18 @@ def run(config: SeamAugmentStudyConfig) -> dict[str, Any]:
     with study_dir(config) as root:
         found = by_seed(root, config.seeds, lambda seed: _one(config, root, seed))
     console = Console(width=130)
+    arms = [result["arms"] for result in found]
+    console.print(row_table([result["rows"] for result in found]))
     for part in ("policy", "pair"):
-        console.print(table(found, part))
-    console.print(difference_table(found))
+        console.print(table(arms, part))
+    console.print(difference_table(arms))
     return {"seeds": found}
 
 
 def _one(
     config: SeamAugmentStudyConfig, root: pathlib.Path, seed: int
-) -> dict[str, dict[str, float]]:
-    """The numbers of each arm."""
+) -> dict[str, dict[str, Any]]:
+    """arms: the numbers of each; rows: numbers of the added rows."""
     base = QuickstartConfig(
         run_dir=str(root),
         sft_steps=config.sft_steps,
@@ -127,12 +149,24 @@ def _one(
         models[rows] = once(reward.run, model_config(base, rows, config.share))
         if rows == "none":
             _augment(config, root / f"seam-{seed}", policies[rows], models[rows], seed)
+    arms = _arms(config, root, base, policies, models)
+    return {"arms": arms, "rows": count_rows(root / f"seam-{seed}")}
+
+
+def _arms(
+    config: SeamAugmentStudyConfig,
+    root: pathlib.Path,
+    base: QuickstartConfig,
+    policies: dict[str, pathlib.Path],
+    models: dict[str, pathlib.Path],
+) -> dict[str, dict[str, float]]:
+    """RLOO of each arm, and its numbers."""
     found = {}
     for name in ARMS:
         path = once(rloo.run, arm_config(base, name, config.kl_coef))
         found[name] = summarise(read(path))
         found[name]["gain"] = found[name]["gold"] - found["none"]["gold_before"]
-    for name, numbers in _pairs(config, root, seed, policies, models).items():
+    for name, numbers in _pairs(config, root, base.seed, policies, models).items():
         found[name] |= numbers
     return found
 
@@ -225,7 +259,7 @@ def _augment(
     model: pathlib.Path,
     seed: int,
 ) -> None:
-    """SEAM of the first pair, and the rows of both kinds."""
+    """SEAM of the first pair, and rows of both kinds of the first half."""
     seam.run(
         seam.SeamConfig(
             run_dir=str(measured),
@@ -237,27 +271,92 @@ def _augment(
             seed=seed,
         )
     )
-    seam_augment.run(
-        seam_augment.SeamAugmentConfig(
-            run_dir=str(measured),
-            out=str(measured / "rows"),
-            lowest=config.lowest,
-            pairs=config.pairs,
-            overwrite=True,
-            seed=seed,
-        )
-    )
+    make_rows(measured, config.lowest, config.pairs, seed)
+
+
+def halves(measured: pathlib.Path, seed: int) -> tuple[list[Line], list[Line]]:
+    """The scored prompts of a `seam` run, cut in two at random: those that rows are
+    made of, and those that risk is measured on."""
+    _, lines = read_run(str(measured), None)
+    order = generator(seed, *_STREAM, "halves").permutation(len(lines))
+    first, second = order[: len(lines) // 2], order[len(lines) // 2 :]
+    return [lines[n] for n in np.sort(first)], [lines[n] for n in np.sort(second)]
+
+
+def make_rows(measured: pathlib.Path, share: float, pairs: int, seed: int) -> None:
+    """Writes the guided and the random rows, all of the first half.
+
+    Args:
+        measured: directory of a `seam` run; rows/ in it gets the files.
+        share: of the half, from the lowest on.
+        pairs: most of a prompt.
+        seed: of the draws.
+    """
+    lines, _ = halves(measured, seed)
+    chosen = _lowest(lines, share, seed, "taught").tolist()
+    control = _number(seed, "control")
+    made = {
+        "guided": augment.augment(lines, chosen, pairs=pairs),
+        "random": augment.random_control(lines, chosen, pairs=pairs, seed=control),
+    }
+    folder = measured / "rows"
+    folder.mkdir(exist_ok=True)
+    for kind, tables in made.items():
+        for name, rows in zip(FILES[kind], tables, strict=True):
+            write_whole(folder / name, rows)
+
+
+def _lowest(lines: list[Line], share: float, seed: int, name: str) -> np.ndarray:
+    seam_of = np.array([scores.of_line(line) for line in lines])
+    return scores.lowest(seam_of, share, seed=_number(seed, "ties", name))
+
+
+def _number(seed: int, *labels: str) -> int:
+    """A seed of a draw of its own."""
+    return int(generator(seed, *_STREAM, *labels).integers(2**31))
+
+
+def count_rows(measured: pathlib.Path) -> dict[str, float]:
+    """How many rows were added, and of how many prompts; and the share of the texts
+    that risk is measured on that some added row has too, of another prompt."""
+    of = {
+        kind: [read_jsonl(measured / "rows" / name) for name in names]
+        for kind, names in FILES.items()
+    }
+    sft, pairs = of["guided"]
+    texts = {row["completion"] for kind in of for row in of[kind][0]}
+    texts |= {row["rejected"] for kind in of for row in of[kind][1]}
+    again = [text for row in read_jsonl(measured / AGAIN) for text in row["worse"]]
+    judged_well = {row["prompt"] for row in sft} - {row["prompt"] for row in pairs}
+    return {
+        "lowest": len(sft),
+        "not_misjudged": len(judged_well),
+        "guided_pairs": len(pairs),
+        "random_pairs": len(of["random"][1]),
+        "texts_in_rows": float(np.mean([text in texts for text in again])),
+    }
 
 
 def remembered(measured: pathlib.Path, share: float, seed: int) -> pathlib.Path:
-    """A file of the lowest prompts of a `seam` run and as many others, with the worse
-    completions of that run, so that other pairs can be measured on the same texts."""
-    _, lines = read_run(str(measured), None)
-    seam_of = np.array([scores.of_line(line) for line in lines])
-    lowest = scores.lowest(seam_of, share, seed=seed)
+    """A file of the lowest prompts of the second half and as many others of it, each
+    with WORSE of its worse completions, so that all pairs are measured on the same
+    texts.
+
+    Raises:
+        ValueError: too few prompts have that many.
+    """
+    _, half = halves(measured, seed)
+    lines = [line for line in half if len(line["worse"]) >= WORSE]
+    lowest = _lowest(lines, share, seed, "measured")
+    if not len(lowest):
+        raise ValueError(
+            f"prompts: {len(lines)} of the {len(half)} to measure risk on have {WORSE} "
+            "worse completions; take more prompts or another estimator"
+        )
     others = np.setdiff1d(np.arange(len(lines)), lowest)
-    drawn = np.random.default_rng(seed).permutation(others)[: len(lowest)]
-    path = measured / "again.jsonl"
+    draw = generator(seed, *_STREAM, "others")
+    drawn = draw.permutation(others)[: len(lowest)]
+    path = measured / AGAIN
     write_whole(
         path,
         (
@@ -277,8 +376,8 @@ def remembered(measured: pathlib.Path, share: float, seed: int) -> pathlib.Path:
 def _risks(
     run_dir: pathlib.Path, policy: pathlib.Path, model: pathlib.Path, data: pathlib.Path
 ) -> dict[str, float]:
-    """Mean risk of a pair on the lowest prompts, and on others: finite, unlike SEAM,
-    where nothing is misjudged."""
+    """Mean risk of a pair on the lowest prompts of the second half, and on others of
+    it: finite, unlike SEAM, where nothing is misjudged."""
     seam.run(
         seam.SeamConfig(
             run_dir=str(run_dir),

@@ -7,11 +7,11 @@ import json
 import numpy as np
 import pytest
 
-from rlhf_jax.programs import reward, rloo, seam_augment, sft
+from rlhf_jax.programs import reward, rloo, sft
 from rlhf_jax.programs.scored_rows import read_jsonl, write_whole
 from rlhf_jax.studies import seam_augment as study
 from rlhf_jax.studies import stages
-from rlhf_jax.studies.augment_tables import difference_table, table
+from rlhf_jax.studies.augment_tables import difference_table, row_table, table
 from rlhf_jax.studies.quickstart import QuickstartConfig
 from rlhf_jax.studies.seam_augment import SeamAugmentStudyConfig
 from rlhf_jax.testbed.rows import rows as world
@@ -26,6 +26,8 @@ def test_settings_that_cannot_be_are_refused():
         SeamAugmentStudyConfig(estimator="generate")
     with pytest.raises(ValueError, match=r"lowest 0.6, pairs 4: expected a share in"):
         SeamAugmentStudyConfig(lowest=0.6)
+    with pytest.raises(ValueError, match="prompts 2: the lowest 0.4 of a half is no"):
+        SeamAugmentStudyConfig(prompts=2)
     with pytest.raises(ValueError, match="share: expected a share in"):
         SeamAugmentStudyConfig(share=1.0)
 
@@ -61,8 +63,9 @@ def test_the_best_checkpoint_is_the_last():
 
 
 @pytest.fixture
-def measured(tmp_path):
+def measured(tmp_path, monkeypatch):
     """A `seam` run on 20 prompts; the n-th has SEAM n, and four worse completions."""
+    monkeypatch.setattr(study, "WORSE", 3)
     prompts = world("worse", size=20, count=4, seed=3)
     lines = [
         {
@@ -75,7 +78,7 @@ def measured(tmp_path):
                 {
                     "text": each["text"],
                     "source": each["source"],
-                    "misjudged": k < 3,
+                    "misjudged": k < 3 and n != 1,
                     "logprob": -4.0,
                     "num_tokens": 2,
                 }
@@ -89,34 +92,71 @@ def measured(tmp_path):
     return tmp_path
 
 
-def test_random_and_guided_rows_are_as_many_and_none_is_held_out(measured):
-    seam_augment.run(
-        seam_augment.SeamAugmentConfig(
-            run_dir=str(measured), out=str(measured / "rows"), lowest=0.25, pairs=2
-        )
-    )
-    of = {
+def added(measured):
+    """Kind -> its SFT rows and its pairs."""
+    return {
         kind: [read_jsonl(measured / "rows" / name) for name in names]
         for kind, names in study.FILES.items()
     }
-    counts = [[len(rows) for rows in files] for files in of.values()]
-    assert counts == [[5, 10], [5, 10]]
+
+
+def test_random_and_guided_rows_are_as_many_and_none_is_held_out(measured):
+    for seed in range(4):
+        study.make_rows(measured, 0.4, 2, seed)
+        guided, control = (
+            [len(rows) for rows in files] for files in added(measured).values()
+        )
+        assert guided == control and guided[0] == 4 and guided[1] in (6, 8)
     held_out = {
         row["prompt"]
         for name in ("rl_val", "val_id", "val_prompt_ood", "sft_val")
         for row in world(name, size=100, seed=3)
     }
-    added = {row["prompt"] for files in of.values() for rows in files for row in rows}
-    assert added and not added & held_out
+    kinds = added(measured).values()
+    prompts = {row["prompt"] for files in kinds for rows in files for row in rows}
+    assert prompts and not prompts & held_out
 
 
-def test_a_pair_is_measured_again_on_the_lowest_prompts_and_as_many_others(measured):
-    rows = read_jsonl(study.remembered(measured, 0.25, seed=0))
+def test_risk_is_measured_on_prompts_that_no_arm_has_rows_of(measured):
     prompts = [row["prompt"] for row in read_jsonl(measured / "prompts.jsonl")]
-    places = [prompts.index(row["prompt"]) for row in rows]
-    assert places[:5] == [0, 1, 2, 3, 4] and len(set(places)) == 10
-    assert [row["lowest"] for row in rows] == [True] * 5 + [False] * 5
-    assert all(len(row["worse"]) == 4 for row in rows)
+    for seed in range(4):
+        study.make_rows(measured, 0.4, 4, seed)
+        rows = read_jsonl(study.remembered(measured, 0.4, seed))
+        places = [prompts.index(row["prompt"]) for row in rows]
+        _, half = study.halves(measured, seed)
+        assert places[:4] == sorted(line["index"] for line in half)[:4]
+        assert len(set(places)) == 8
+        assert [row["lowest"] for row in rows] == [True] * 4 + [False] * 4
+        assert all(len(row["worse"]) == 3 for row in rows)
+        kinds = added(measured).values()
+        taught = {row["prompt"] for files in kinds for made in files for row in made}
+        assert len(taught) >= 4 and taught.isdisjoint(row["prompt"] for row in rows)
+
+
+def test_prompts_without_enough_worse_completions_are_not_measured(
+    measured, monkeypatch
+):
+    monkeypatch.setattr(study, "WORSE", 5)
+    with pytest.raises(ValueError, match="prompts: 0 of the 10 to measure risk on"):
+        study.remembered(measured, 0.4, 0)
+
+
+def test_added_rows_are_counted(measured):
+    found = []
+    for seed in range(4):
+        study.make_rows(measured, 0.4, 2, seed)
+        study.remembered(measured, 0.4, seed)
+        found.append(study.count_rows(measured))
+        first, _ = study.halves(measured, seed)
+        # Nothing of prompt 1 is misjudged.
+        unmisjudged = int(any(line["index"] == 1 for line in first))
+        assert found[-1]["lowest"] == 4
+        assert found[-1]["not_misjudged"] == unmisjudged
+        assert found[-1]["guided_pairs"] == 2 * (4 - unmisjudged)
+        assert found[-1]["random_pairs"] == found[-1]["guided_pairs"]
+        assert 0 <= found[-1]["texts_in_rows"] <= 1
+    assert {numbers["not_misjudged"] for numbers in found} == {0, 1}
+    assert row_table(found).row_count == 4
 
 
 def test_tables_have_a_row_an_arm_and_all_three_differences():
@@ -125,7 +165,10 @@ def test_tables_have_a_row_an_arm_and_all_three_differences():
         *("accuracy_new", "agreement", "risk_lowest", "risk_others"),
     ]
     found = [
-        {arm: dict.fromkeys(keys, float(n + seed)) for n, arm in enumerate(study.ARMS)}
+        {
+            arm: dict.fromkeys(keys, float(n + seed * n**2))
+            for n, arm in enumerate(study.ARMS)
+        }
         for seed in range(2)
     ]
     for part in ("policy", "pair"):
@@ -133,7 +176,15 @@ def test_tables_have_a_row_an_arm_and_all_three_differences():
     made = difference_table(found)
     assert made.row_count == 5 * 3 + 3
     cells = [str(next(iter(column.cells))) for column in made.columns[2:]]
-    assert [cell.split()[0] for cell in cells] == ["+1.000", "+2.000", "+1.000"]
+    assert [cell.split()[0] for cell in cells] == ["+1.500", "+4.000", "+2.500"]
+    tested = [
+        (row, column.header)
+        for column in made.columns
+        for row, cell in enumerate(column.cells)
+        if "(p " in str(cell)
+    ]
+    # Of gold, with both taught.
+    assert tested == [(2, "guided - random")]
 
 
 @pytest.mark.slow
@@ -161,13 +212,17 @@ def test_the_study_runs_and_goes_on_after_a_stop(tmp_path, monkeypatch):
     assert study.run(config) == found
     assert made == {"sft": 3, "reward": 3, "rloo": 7}
     (seed,) = found["seeds"]
+    assert seed["rows"]["lowest"] == 3
+    seed = seed["arms"]
     assert list(seed) == list(study.ARMS)
     for name in ("gold", "kl", "gain", "accuracy", "risk_lowest", "risk_others"):
         assert np.isfinite([numbers[name] for numbers in seed.values()]).all()
     assert seed["policy, guided"]["accuracy"] == seed["none"]["accuracy"]
     assert seed["reward model, guided"]["gold_before"] == seed["none"]["gold_before"]
-    assert seed["none"]["risk_lowest"] > seed["none"]["risk_others"]
-    assert json.loads((tmp_path / "s" / "study.json").read_text())["seeds"] == [seed]
+    assert (
+        json.loads((tmp_path / "s" / "study.json").read_text())["seeds"]
+        == (found["seeds"])
+    )
 
 
 def _counted(made, name, run):

@@ -16,6 +16,10 @@ import numpy as np
 Line = Mapping[str, Any]
 Row = dict[str, Any]
 
+_CONTROL = 1
+"""Stream of the control: `scores.lowest` draws among equal scores with the seed
+itself."""
+
 
 def augment(
     lines: Sequence[Line], indices: Sequence[int], *, pairs: int
@@ -50,7 +54,7 @@ def random_control(
         pairs: see `augment`.
         seed: of the draw.
     """
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng([seed, _CONTROL])
     wanted = [len(augment(lines, [n], pairs=pairs)[1]) for n in indices]
     order = rng.permutation(len(lines))
     sft = [_sft(lines[n]) for n in order[: len(indices)]]
