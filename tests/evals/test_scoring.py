@@ -8,6 +8,7 @@ from rlhf_jax import testing
 from rlhf_jax.data.encoded import EncodedCompletion
 from rlhf_jax.data.layout import pack_completions
 from rlhf_jax.evals import scoring
+from tests.rows import read_at
 
 
 @pytest.fixture(scope="module")
@@ -141,8 +142,8 @@ def fake(sequences, score_at):
     rewards = np.zeros(score_at.shape, np.float32)
     for row in range(len(score_at)):
         for slot, at in enumerate(score_at[row]):
-            segment = sequences.segment[row] == sequences.segment[row, at]
-            rewards[row, slot] = sequences.tokens[row][segment].sum()
+            mine = read_at(sequences, row, at)
+            rewards[row, slot] = sequences.tokens[row][mine].sum()
     return rewards
 
 

@@ -14,6 +14,7 @@ from rlhf_jax.programs.models import load_reward_model
 from rlhf_jax.sharding import MeshConfig, make_mesh
 from rlhf_jax.testing import tiny_tokenizer
 from rlhf_jax.types import Sequences
+from tests.rows import read_at
 
 WORDS = ["sort", "the", "words", "by", "length", "and", "count", "each", "once"]
 SHORT = ["--gate.width", "16", "--gate.layers", "1", "--gate.steps", "20"]
@@ -176,9 +177,7 @@ def known_states(sequences, score_at):
     after = np.zeros((*score_at.shape, 3), np.float32)
     for row in range(len(score_at)):
         for slot, at in enumerate(score_at[row]):
-            mine = sequences.tokens[row][
-                sequences.segment[row] == sequences.segment[row, at]
-            ]
+            mine = sequences.tokens[row][read_at(sequences, row, at)]
             after[row, slot] = [1, len(mine) / 10, np.mean(mine % 2 == 0)]
     return after[..., 0], after, after
 

@@ -19,6 +19,7 @@ from rlhf_jax.programs.rewards import Rewards, Source
 from rlhf_jax.programs.scorer import Refusal
 from rlhf_jax.sharding import MeshConfig, make_mesh
 from rlhf_jax.testing import tiny_tokenizer
+from tests.rows import read_at
 
 WRITE_REPORT = evaluate.report.write_report
 
@@ -28,8 +29,7 @@ def lengths(sequences, score_at):
     rewards = np.zeros(score_at.shape, np.float32)
     for row in range(len(score_at)):
         for slot, at in enumerate(score_at[row]):
-            segment = sequences.segment[row]
-            rewards[row, slot] = (segment == segment[at]).sum()
+            rewards[row, slot] = read_at(sequences, row, at).sum()
     return rewards
 
 

@@ -18,6 +18,7 @@ from rlhf_jax.programs.rewards import parse_spec
 from rlhf_jax.programs.scorer import Scorer, ScoringConfig
 from rlhf_jax.sharding import MeshConfig, make_mesh
 from rlhf_jax.testing import tiny_tokenizer
+from tests.rows import read_at
 
 PROMPTS = ["Sort 3 1.", "Sort 2 1."]
 COMPLETIONS = ["1 3", "1 2 2"]
@@ -311,7 +312,7 @@ def token_sums(sequences, score_at):
     """A stand-in for a model: the sum of the ids of the scored sequence, over 1000."""
     found = np.zeros(score_at.shape, np.float32)
     for row, slot in np.ndindex(score_at.shape):
-        mine = sequences.segment[row] == sequences.segment[row, score_at[row, slot]]
+        mine = read_at(sequences, row, score_at[row, slot])
         found[row, slot] = sequences.tokens[row][mine].sum() / 1000
     return found
 

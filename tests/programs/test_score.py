@@ -14,6 +14,7 @@ from rlhf_jax.data.rows import Columns
 from rlhf_jax.programs import score, scored_rows, scorer
 from rlhf_jax.sharding import MeshConfig, make_mesh
 from rlhf_jax.testing import tiny_tokenizer
+from tests.rows import read_at
 
 MAX_LENGTH = 60
 
@@ -23,7 +24,7 @@ def token_sums(sequences, score_at):
     rewards = np.zeros(score_at.shape, np.float32)
     for row in range(len(score_at)):
         for slot, at in enumerate(score_at[row]):
-            mine = sequences.segment[row] == sequences.segment[row, at]
+            mine = read_at(sequences, row, at)
             rewards[row, slot] = sequences.tokens[row][mine].sum() / 1000
     return rewards
 
