@@ -58,6 +58,7 @@ def finished(tmp_path_factory):
     return run_dir
 
 
+@pytest.mark.slow
 def test_killed_run_resumes_bit_for_bit(finished, tmp_path):
     run_dir = tmp_path / "killed"
     kill_after_step(start(run_dir), run_dir, step=2)

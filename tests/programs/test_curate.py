@@ -69,6 +69,7 @@ def test_bounds_by_states_are_tightest_for_equal_texts(tmp_path):
     assert all(bounds[-1] < other for other in bounds[:-1])
 
 
+@pytest.mark.slow
 def test_likelihood_is_the_sum_of_the_completions_log_probabilities():
     likelihood = open_likelihood("testbed", ScoringConfig())
     model, params, _ = load_policy("testbed")

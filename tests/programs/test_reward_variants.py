@@ -208,6 +208,7 @@ def measured_root(tmp_path_factory):
     return strength.run(strength_config(tmp_path_factory.mktemp("strength")))
 
 
+@pytest.mark.slow
 def test_strength_writes_columns_actions_and_what_reward_can_train_on(
     measured_root, tmp_path
 ):
@@ -247,9 +248,10 @@ def test_warm_is_the_mean_of_the_members_and_loads(measured_root):
     np.testing.assert_allclose(average["head"]["kernel"], head, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "how",
-    ["mean-std", *(pytest.param(h, marks=pytest.mark.slow) for h in ("mean", "min"))],
+    ["mean-std", "mean", "min"],
 )
 def test_an_ensemble_is_one_scorer_of_all_members(measured_root, how):
     spec = f"ensemble:{measured_root}?combine={how}"
@@ -270,6 +272,7 @@ def folders(root):
     return [str(path) for path in sorted((root / "members").iterdir())]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("query", "message"),
     [

@@ -371,6 +371,7 @@ def test_an_error_in_encoding_does_not_end_the_thread(scorer):
 # The program.
 
 
+@pytest.mark.slow
 def test_the_program_serves_until_sigterm(tmp_path, model):
     settings = {"XDG_CACHE_HOME": str(tmp_path), "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
     process = subprocess.Popen(
