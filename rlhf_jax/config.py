@@ -221,7 +221,7 @@ def _config_files(argv: list[str]) -> list[str]:
 
 
 def _check_flags(config_type: type, argv: list[str]) -> None:
-    keys = known_keys(config_type)
+    keys, lists = known_keys(config_type), _list_keys(config_type)
     for argument in argv:
         if argument == "--":
             return
@@ -230,12 +230,13 @@ def _check_flags(config_type: type, argv: list[str]) -> None:
         flag = argument[2:].split("=", 1)[0]
         if flag in ("help", "config") or flag.startswith("print_config"):
             continue
-        if flag not in keys:
+        if flag not in keys and flag.removesuffix("+") not in lists:
             raise ValueError(f"unknown option --{flag}{_suggest(flag, keys)}")
 
 
 def _merge_repeated(config_type: type, argv: list[str]) -> list[str]:
-    """argv with every list flag's values (repeated or not) as one JSON list."""
+    """argv with every list flag's values (repeated or not) as one JSON list; those of
+    --name+, which go behind the config file's, as another."""
     lists = _list_keys(config_type)
     merged: dict[str, list[str]] = {}
     rest: list[str] = []
@@ -243,7 +244,7 @@ def _merge_repeated(config_type: type, argv: list[str]) -> list[str]:
     for argument in arguments:
         flag, separator, value = argument.partition("=")
         name = flag.removeprefix("--")
-        if not flag.startswith("--") or name not in lists:
+        if not flag.startswith("--") or name.removesuffix("+") not in lists:
             rest.append(argument)
             continue
         if not separator:
@@ -251,7 +252,10 @@ def _merge_repeated(config_type: type, argv: list[str]) -> list[str]:
             if value is None:
                 raise ValueError(f"{flag}: expected a value")
         merged.setdefault(name, []).extend(_as_list(flag, value))
-    return rest + [f"--{name}={json.dumps(values)}" for name, values in merged.items()]
+    return rest + [
+        f"--{name}={json.dumps(merged[name])}"
+        for name in sorted(merged, key=lambda name: name.endswith("+"))
+    ]
 
 
 def _list_keys(config_type: type, prefix: str = "") -> set[str]:

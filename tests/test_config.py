@@ -42,6 +42,15 @@ def test_repeated_list_flags_make_one_list():
     assert parse("--run_dir", "x", "--data", "a", "--data=b").data == ["a", "b"]
 
 
+def test_a_plus_behind_a_list_flag_keeps_what_the_file_says(tmp_path, capsys):
+    path = tmp_path / "c.yaml"
+    path.write_text("run_dir: x\ndata: [a]")
+    file = ("--config", str(path))
+    assert parse(*file, "--data+", "b", "--data+=[c]").data == ["a", "b", "c"]
+    assert parse(*file, "--data+", "c", "--data", "b").data == ["b", "c"]
+    assert "unknown option --run_dir+" in error_of(capsys, "--run_dir+", "x")
+
+
 def test_a_list_in_brackets_takes_specs_with_options(capsys):
     specs = ["a.jsonl?size=2&split=x", "b"]
     for value in ("[a.jsonl?size=2&split=x, b]", '["a.jsonl?size=2&split=x",b]'):
