@@ -36,6 +36,7 @@ from rlhf_jax.io.run_dir import write_atomic
 from rlhf_jax.programs import reward, sft
 from rlhf_jax.programs.models import load_policy, load_reward_model
 from rlhf_jax.programs.supervised import LoopConfig
+from rlhf_jax.studies import saturation_bench
 from rlhf_jax.studies import saturation_cells as cells
 from rlhf_jax.studies import saturation_tables as tables
 from rlhf_jax.studies.quickstart import (
@@ -134,7 +135,7 @@ def run(config: SaturationConfig) -> dict[str, Any]:
             return cells.draw_for_scale(bench(), policy, seed)
 
         @functools.cache
-        def model(pairs: int, seed: int) -> cells.Standardised:
+        def model(pairs: int, seed: int) -> saturation_bench.Standardised:
             policy = load("policy", policies[best, seed])
             params = load("reward", models[pairs, seed])
             return cells.standardise(bench(), policy, params, for_scale(seed))
@@ -197,10 +198,10 @@ def model_config(
     )
 
 
-def _open_bench(config: SaturationConfig) -> cells.Bench:
+def _open_bench(config: SaturationConfig) -> saturation_bench.Bench:
     """RLOO on the quickstart's prompts and with its optimizer, from any policy."""
     plain = rloo_config(QuickstartConfig(run_dir=config.run_dir))
-    return cells.open_bench(
+    return saturation_bench.open_bench(
         str(policy_config(config, config.sft_steps[-1], 0).run_dir),
         data=plain.data,
         held_out=f"testbed:rl_val?size={config.eval_prompts}&seed=1",

@@ -7,8 +7,7 @@ import pytest
 from rich.console import Console
 
 from rlhf_jax.io import heatmap
-from rlhf_jax.studies import saturation, saturation_tables
-from rlhf_jax.studies import saturation_cells as cells
+from rlhf_jax.studies import saturation, saturation_bench, saturation_tables
 from rlhf_jax.studies.saturation import SaturationConfig
 from rlhf_jax.studies.statistics import Interval
 from rlhf_jax.testbed.prompts import pool_of
@@ -75,8 +74,8 @@ def test_held_out_pairs_share_no_task_with_training_pairs():
 
 
 def test_rewards_are_standardised_by_what_the_model_carries():
-    reward = cells.standardised(lambda params, x: params * x)
-    rewards = reward(cells.Standardised(2.0, 3.0, 4.0), np.array([1.0, 4.0]))
+    reward = saturation_bench.standardised(lambda params, x: params * x)
+    rewards = reward(saturation_bench.Standardised(2.0, 3.0, 4.0), np.array([1.0, 4.0]))
     np.testing.assert_allclose(rewards, [-0.25, 1.25])
 
 

@@ -9,8 +9,8 @@ import pytest
 
 from rlhf_jax.programs import reward, rloo, sft
 from rlhf_jax.programs.scored_rows import read_jsonl, write_whole
+from rlhf_jax.studies import augment_rows, stages
 from rlhf_jax.studies import seam_augment as study
-from rlhf_jax.studies import stages
 from rlhf_jax.studies.augment_tables import difference_table, row_table, table
 from rlhf_jax.studies.quickstart import QuickstartConfig
 from rlhf_jax.studies.seam_augment import SeamAugmentStudyConfig
@@ -36,7 +36,7 @@ def test_arms_differ_in_the_added_rows_alone():
     """Same steps, rows of a step, seeds, base and evaluations; the same share added."""
     for make, place in ((study.policy_config, 0), (study.model_config, 1)):
         none, *others = (make(BASE, rows, 0.25) for rows in study.ROWS)
-        for other, files in zip(others, study.FILES.values(), strict=True):
+        for other, files in zip(others, augment_rows.FILES.values(), strict=True):
             own, added = other.data
             assert own == f"0.75*{none.data[0]}"
             assert added == f"0.25*s/seam-3/rows/{files[place]}"
@@ -65,7 +65,7 @@ def test_the_best_checkpoint_is_the_last():
 @pytest.fixture
 def measured(tmp_path, monkeypatch):
     """A `seam` run on 20 prompts; the n-th has SEAM n, and four worse completions."""
-    monkeypatch.setattr(study, "WORSE", 3)
+    monkeypatch.setattr(augment_rows, "WORSE", 3)
     prompts = world("worse", size=20, count=4, seed=3)
     lines = [
         {
@@ -96,13 +96,13 @@ def added(measured):
     """Kind -> its SFT rows and its pairs."""
     return {
         kind: [read_jsonl(measured / "rows" / name) for name in names]
-        for kind, names in study.FILES.items()
+        for kind, names in augment_rows.FILES.items()
     }
 
 
 def test_random_and_guided_rows_are_as_many_and_none_is_held_out(measured):
     for seed in range(4):
-        study.make_rows(measured, 0.4, 2, seed)
+        augment_rows.make_rows(measured, 0.4, 2, seed)
         guided, control = (
             [len(rows) for rows in files] for files in added(measured).values()
         )
@@ -120,10 +120,10 @@ def test_random_and_guided_rows_are_as_many_and_none_is_held_out(measured):
 def test_risk_is_measured_on_prompts_that_no_arm_has_rows_of(measured):
     prompts = [row["prompt"] for row in read_jsonl(measured / "prompts.jsonl")]
     for seed in range(4):
-        study.make_rows(measured, 0.4, 4, seed)
-        rows = read_jsonl(study.remembered(measured, 0.4, seed))
+        augment_rows.make_rows(measured, 0.4, 4, seed)
+        rows = read_jsonl(augment_rows.remembered(measured, 0.4, seed))
         places = [prompts.index(row["prompt"]) for row in rows]
-        _, half = study.halves(measured, seed)
+        _, half = augment_rows.halves(measured, seed)
         assert places[:4] == sorted(line["index"] for line in half)[:4]
         assert len(set(places)) == 8
         assert [row["lowest"] for row in rows] == [True] * 4 + [False] * 4
@@ -136,18 +136,18 @@ def test_risk_is_measured_on_prompts_that_no_arm_has_rows_of(measured):
 def test_prompts_without_enough_worse_completions_are_not_measured(
     measured, monkeypatch
 ):
-    monkeypatch.setattr(study, "WORSE", 5)
+    monkeypatch.setattr(augment_rows, "WORSE", 5)
     with pytest.raises(ValueError, match="prompts: 0 of the 10 to measure risk on"):
-        study.remembered(measured, 0.4, 0)
+        augment_rows.remembered(measured, 0.4, 0)
 
 
 def test_added_rows_are_counted(measured):
     found = []
     for seed in range(4):
-        study.make_rows(measured, 0.4, 2, seed)
-        study.remembered(measured, 0.4, seed)
-        found.append(study.count_rows(measured))
-        first, _ = study.halves(measured, seed)
+        augment_rows.make_rows(measured, 0.4, 2, seed)
+        augment_rows.remembered(measured, 0.4, seed)
+        found.append(augment_rows.count_rows(measured))
+        first, _ = augment_rows.halves(measured, seed)
         # Nothing of prompt 1 is misjudged.
         unmisjudged = int(any(line["index"] == 1 for line in first))
         assert found[-1]["lowest"] == 4
@@ -192,7 +192,7 @@ def test_the_study_runs_and_goes_on_after_a_stop(tmp_path, monkeypatch):
     pytest.importorskip("faiss", reason="needs the seam extra")
     monkeypatch.setattr(stages, "PROMPTS", "testbed:rl_val?size=32&seed=1")
     monkeypatch.setattr(study, "JUDGED", 16)
-    monkeypatch.setattr(study, "WORSE", 4)
+    monkeypatch.setattr(augment_rows, "WORSE", 4)
     config = SeamAugmentStudyConfig(
         run_dir=str(tmp_path / "s"),
         seeds=1,
