@@ -1,4 +1,4 @@
-"""Completions of a testbed policy with their gold rewards, sampled once and kept, and
+"""Completions of a policy with their gold rewards, sampled once and kept, and
 how a reward model orders them."""
 
 import os
@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from rlhf_jax.data.rows import kwise_row
 from rlhf_jax.evals.ranking import evaluate_ranking
 from rlhf_jax.programs import generate
 from rlhf_jax.programs.scored_rows import read_jsonl
@@ -21,6 +22,8 @@ def sample(
     prompts: str,
     *,
     samples: int = 1,
+    max_new_tokens: int = 48,
+    gold: str = GOLD,
 ) -> pathlib.Path:
     """JSON lines of `generate`: a line a completion, or with several samples a line a
     prompt. A file that is there is not made again.
@@ -30,6 +33,8 @@ def sample(
         out: the file.
         prompts: SPEC.
         samples: completions of each prompt.
+        max_new_tokens: of a completion.
+        gold: the reward that scores them.
     """
     if not out.exists():
         partial = out.with_suffix(".partial")
@@ -40,9 +45,11 @@ def sample(
                 out=str(partial),
                 overwrite=True,
                 grouped=samples > 1,
-                gold=GOLD,
+                gold=gold,
                 batch_size=128 // samples,
-                sampling=SamplingConfig(num_samples=samples, max_new_tokens=48),
+                sampling=SamplingConfig(
+                    num_samples=samples, max_new_tokens=max_new_tokens
+                ),
             )
         )
         partial.rename(out)
@@ -57,14 +64,14 @@ def agreement(model: str, paths: Sequence[pathlib.Path]) -> float:
         model: the reward model.
         paths: files of rows with scored `responses`.
     """
-    rows = [row for path in paths for row in read_jsonl(path)]
+    rows = [kwise_row(row) for path in paths for row in read_jsonl(path)]
     scorer = open_scorer(model, ScoringConfig())
     encoded = [
-        scorer.encoder.encode(row["prompt"], response["text"])
+        scorer.encoder.encode(row.prompt, response.text)
         for row in rows
-        for response in row["responses"]
+        for response in row.responses
     ]
-    ends = np.cumsum([len(row["responses"]) for row in rows])
+    ends = np.cumsum([len(row.responses) for row in rows])
     rewards = np.split(scorer.rewards(encoded), ends[:-1].tolist())
-    gold = [np.array([r["score"] for r in row["responses"]]) for row in rows]
+    gold = [np.array([r.score for r in row.responses]) for row in rows]
     return evaluate_ranking(rewards, gold, samples=2).get("accuracy", float("nan"))
