@@ -7,6 +7,9 @@ import matplotlib
 
 from rlhf_jax.io import plot_style as style
 
+_APART = 0.015
+"""Of the width: how far intervals at one place are drawn from each other."""
+
 
 def interval_lines(
     lines: Mapping[str, Sequence[tuple[float, float, float]]],
@@ -27,8 +30,12 @@ def interval_lines(
         figure = style.new_figure(5.4, 3.4)
         axes = figure.add_subplot()
         ends = []
-        for (name, points), colour in zip(lines.items(), style.COLOURS, strict=False):
+        places = [point[0] for points in lines.values() for point in points]
+        apart = _APART * (max(places) - min(places))
+        for n, (name, points) in enumerate(lines.items()):
+            colour = style.COLOURS[n % len(style.COLOURS)]
             at, mean, half = zip(*points, strict=True)
+            at = [place + apart * (n - (len(lines) - 1) / 2) for place in at]
             axes.errorbar(
                 at, mean, yerr=half, fmt="o-", color=colour, markersize=4, elinewidth=1
             )

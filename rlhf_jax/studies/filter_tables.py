@@ -30,7 +30,7 @@ _ESTIMATORS = {
     "logprob": "log p a token",
 }
 _JUDGED = {
-    "held-out": "held-out completions of other authors, new prompts",
+    "held-out": "held-out completions of others, new prompts",
     "before": "completions of the policy before RL",
     "after": "completions after RLOO on all prompts",
 }
