@@ -86,10 +86,13 @@ def run(config: DpoConfig) -> pathlib.Path:
     with training.setting(
         config, load=load_policy, prepare=prepare.prepare_pairs
     ) as setting:
+        data = setting.data
+        objectives.check_margins(config.loss, data.train, *data.evals.values())
         terms = objectives.parts(
             config.loss,
             config.regularizers,
             devices=batch_devices(setting.mesh) * config.accum_steps,
+            batch_size=config.batch_size,
         )
 
         def objective(deterministic: bool, stacked: bool = False) -> Objective:

@@ -140,7 +140,8 @@ def run(config: MetaRewardConfig) -> pathlib.Path:
     with training.setting(
         config, load=load_reward_model, prepare=prepare.prepare_pairs
     ) as setting:
-        model, mesh = setting.model, setting.mesh
+        model, mesh, data = setting.model, setting.mesh, setting.data
+        objectives.check_margins(config.loss, data.train, *data.evals.values())
         shifted, account = prepare.prepare_kwise(
             config.shifted,
             setting.encoder,
@@ -154,6 +155,7 @@ def run(config: MetaRewardConfig) -> pathlib.Path:
             config.loss,
             config.regularizers,
             devices=batch_devices(mesh) * config.accum_steps,
+            batch_size=config.batch_size,
         )
 
         def objective(deterministic: bool, stacked: bool = False) -> Objective:
@@ -182,7 +184,7 @@ def run(config: MetaRewardConfig) -> pathlib.Path:
             ),
             also_read=shifted,
             batches=lambda start: meta_batches(
-                config, setting.data.train, shifted, mesh, start_row=start
+                config, data.train, shifted, mesh, start_row=start
             ),
         )
     return setting.run_dir

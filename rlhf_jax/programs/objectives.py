@@ -16,6 +16,8 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, get_args, get_origin
 
+import numpy as np
+
 from rlhf_jax import config as configs
 from rlhf_jax.losses import preference, regularizers
 from rlhf_jax.types import PAIR_COLUMNS
@@ -53,6 +55,13 @@ _PAPERS = {
 """What papers call them; for the hint beside an unknown name."""
 COUPLED = (regularizers.batch_sum_to_zero,)
 """Regularizers whose value depends on all pairs of a batch."""
+_RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
+    "label_smoothing": (lambda x: 0 <= x <= 1, "a number in [0, 1]"),
+    "eps": (lambda x: x > 0, "a number above 0"),
+    "log_theta": (lambda x: x > 0, "a number above 0"),
+}
+"""Options of the named functions: what they may be. The functions refuse the rest too,
+but only when they are traced."""
 
 
 def loss(text: str) -> Callable[..., Any]:
@@ -81,9 +90,26 @@ def regularizer(text: str, *, devices: int = 1) -> tuple[Callable[..., Any], flo
 
 
 def parts(
-    loss_text: str, regularizer_texts: Sequence[str], *, devices: int = 1
+    loss_text: str,
+    regularizer_texts: Sequence[str],
+    *,
+    devices: int = 1,
+    batch_size: int | None = None,
 ) -> dict[str, Any]:
-    """The arguments `loss` and `regularizers` of `reward_model.reward_objective`."""
+    """The arguments `loss` and `regularizers` of `reward_model.reward_objective`.
+
+    Args:
+        loss_text: see `loss`.
+        regularizer_texts: see `regularizer`.
+        devices: see `regularizer`.
+        batch_size: pairs in a step; None = the groups of a batch are not checked.
+
+    Raises:
+        ValueError: see `loss`; or a number of groups that does not fit the batch.
+    """
+    if batch_size is not None:
+        for text in regularizer_texts:
+            _check_groups(text, batch_size, devices=devices)
     return {
         "loss": loss(loss_text),
         "regularizers": [regularizer(t, devices=devices) for t in regularizer_texts],
@@ -151,19 +177,47 @@ def check(
                 f"--rows.columns.{name}"
             )
     for text in regularizer_texts:
-        options = getattr(regularizer(text)[0], "keywords", {})
-        groups = options.get("num_groups", 1)
-        if batch_size % groups:
-            raise ValueError(
-                f"regularizers {text!r}: num_groups {groups} does not divide the "
-                f"{batch_size} pairs of a batch"
-            )
+        _check_groups(text, batch_size)
     coupled = [text for text in regularizer_texts if couples(text)]
     if coupled and batch_size < 2:
         raise ValueError(
             f"regularizers {coupled[0]!r}: couples the pairs of a batch, and "
             f"batch_size is {batch_size}; use 2 or more, or centring, which is what it "
             "would be"
+        )
+
+
+def check_margins(loss_text: str, *datasets: Any) -> None:
+    """Refuses margins below 0 where the loss multiplies by them: it would reward a
+    wrong order without bound.
+
+    Args:
+        loss_text: see `loss`.
+        datasets: of pairs, with the margins that the loss will get.
+
+    Raises:
+        ValueError: names the row with the lowest margin of the first such dataset.
+    """
+    if LOSSES.get(_name(loss_text)) is not preference.scaled_bradley_terry:
+        return
+    for dataset in datasets:
+        if (dataset.margin < 0).any():
+            row = int(np.argmin(dataset.margin))
+            raise ValueError(
+                f"{dataset.where[row]}: margin {dataset.margin[row]}: loss "
+                "scaled_bradley_terry multiplies by it; expected numbers >= 0"
+            )
+
+
+def _check_groups(text: str, batch_size: int, *, devices: int = 1) -> None:
+    options = getattr(regularizer(text, devices=devices)[0], "keywords", {})
+    groups = options.get("num_groups", 1)
+    if groups != 1 and (groups < 1 or batch_size % groups or batch_size // groups < 2):
+        word = f" (devices times accum_steps: {devices})" if "=devices" in text else ""
+        raise ValueError(
+            f"regularizers {text!r}: num_groups {groups}{word}: expected a number that "
+            f"divides the {batch_size} pairs of a batch into groups of 2 or more; a "
+            "group of one pair is centring"
         )
 
 
@@ -193,6 +247,12 @@ def _resolve(
             "or package.module:function"
         )
     options = _options(text, flag, function, query or "", words)
+    for option, value in options.items() if name in known else ():
+        holds, expected = _RANGES.get(option, (None, ""))
+        if holds is not None and not holds(value):
+            raise ValueError(
+                f"{flag} {text!r}: {option}: expected {expected}, got {value}"
+            )
     return (
         _number(text, flag, number),
         functools.partial(function, **options) if options else function,

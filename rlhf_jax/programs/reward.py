@@ -13,7 +13,6 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
-import numpy as np
 
 from rlhf_jax import config as configs
 from rlhf_jax.algorithms.contrastive import (
@@ -123,11 +122,6 @@ class RewardConfig:
                     "trains on K-wise rows, which have none; leave it out"
                 )
             return
-        if self.contrastive.coefficient is not None and not self.contrasts:
-            raise ValueError(
-                "contrastive.coefficient: set contrastive.kind to simcse or swav with "
-                "it"
-            )
         if self.contrasts and self.train_only == "head" and not self.lora.rank:
             raise ValueError(
                 f"contrastive.kind {self.contrastive.kind}: shapes the hidden states, "
@@ -179,7 +173,8 @@ def run(config: RewardConfig) -> pathlib.Path:
         prepare_train=prepare.prepare_kwise if config.ranks else None,
         seed=config.head_seed,
     ) as setting:
-        _check_margins(config, setting.data.train)
+        data = setting.data
+        objectives.check_margins(config.loss, data.train, *data.evals.values())
         if config.contrastive.prototypes:
             setting = _with_prototypes(config, setting)
         devices = batch_devices(setting.mesh)
@@ -203,17 +198,6 @@ def run(config: RewardConfig) -> pathlib.Path:
             evaluated=_evaluated(config, setting.model),
         )
     return setting.run_dir
-
-
-def _check_margins(config: RewardConfig, dataset: Any) -> None:
-    """A strength below 0 would reward a wrong order without end."""
-    scaled = config.loss.startswith("scaled_bradley_terry")
-    if scaled and (dataset.margin < 0).any():
-        row = int(np.argmin(dataset.margin))
-        raise ValueError(
-            f"{dataset.where[row]}: margin {dataset.margin[row]}: loss "
-            "scaled_bradley_terry multiplies by it; expected numbers >= 0"
-        )
 
 
 def _with_prototypes(
@@ -242,7 +226,10 @@ def _evaluated(config: RewardConfig, model: Any) -> Objective | None:
 
 def _terms(config: RewardConfig, devices: int) -> dict[str, Any]:
     return objectives.parts(
-        config.loss, config.regularizers, devices=devices * config.accum_steps
+        config.loss,
+        config.regularizers,
+        devices=devices * config.accum_steps,
+        batch_size=config.batch_size,
     )
 
 

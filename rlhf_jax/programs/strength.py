@@ -163,6 +163,7 @@ def run(config: StrengthConfig) -> pathlib.Path:
             side_file=root / "set_aside" / "data.jsonl",
         )
         progress.say(f"data: {account.summary()}")
+        objectives.check_margins(config.loss, dataset)
         source = sources.open_source(specs.parse(config.data), streams=False)
         rows = [dict(source[int(n)][0]) for n in dataset.source_row]
         _check_columns(rows, dataset, config)

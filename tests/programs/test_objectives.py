@@ -1,5 +1,9 @@
 """Losses and regularizers by name: what is understood, what is refused and how."""
 
+import functools
+import json
+import types
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -10,10 +14,12 @@ from rlhf_jax.data.rows import Columns
 from rlhf_jax.losses.preference import hinge
 from rlhf_jax.losses.regularizers import batch_sum_to_zero
 from rlhf_jax.models.config import ComputeConfig, LoraConfig
-from rlhf_jax.programs import objectives
+from rlhf_jax.programs import dpo, meta_reward, objectives, reward, strength
 from rlhf_jax.programs.dpo import DpoConfig
 from rlhf_jax.programs.meta_reward import InnerConfig, MetaRewardConfig
+from rlhf_jax.programs.models import load_tokenizer_of
 from rlhf_jax.programs.reward import RewardConfig
+from rlhf_jax.programs.strength import StrengthConfig
 
 ANY = {"run_dir": "r", "model": "tiny", "data": ["a.jsonl"]}
 R = jnp.array([2.0, -1.0])
@@ -77,6 +83,10 @@ def test_evaluation_leaves_out_what_couples_a_batch():
         ("", r"expected \[COEFFICIENT\*\]NAME"),
         ("no_such_module:f", "cannot import"),
         ("direct?x=1", "its options: none"),
+        ("normalised?eps=-1", "eps: expected a number above 0, got -1.0"),
+        ("normalised?eps=0", "eps: expected a number above 0, got 0.0"),
+        ("bradley_terry?label_smoothing=2", r"in \[0, 1\], got 2.0"),
+        ("rao_kupper?log_theta=-1", "log_theta: expected a number above 0, got -1"),
     ],
 )
 def test_a_loss_that_cannot_be_is_named(text, message):
@@ -92,6 +102,8 @@ def test_a_loss_that_cannot_be_is_named(text, message):
         ("batch_sum_to_zer", "did you mean 'batch_sum_to_zero'"),
         ("batch_sum_to_zero?scale=B", "scale: expected one of mean, official, sum"),
         ("batch_sum_to_zero?num_groups=1.5", "num_groups: expected a whole number"),
+        ("batch_sum_to_zero?num_groups=0", "num_groups 0: expected a number that"),
+        ("batch_sum_to_zero?num_groups=-1", "num_groups -1: expected a number that"),
     ],
 )
 def test_a_regularizer_that_cannot_be_is_named(text, message):
@@ -130,7 +142,11 @@ def test_a_regularizer_that_cannot_be_is_named(text, message):
         ({"objective": "a:b", "loss": "hinge"}, "stands for loss, regularizers"),
         (
             {"regularizers": ["batch_sum_to_zero?num_groups=7"]},
-            "num_groups 7 does not divide the 64 pairs",
+            "num_groups 7: expected a number that divides the 64 pairs",
+        ),
+        (
+            {"regularizers": ["batch_sum_to_zero?num_groups=8"], "batch_size": 8},
+            "num_groups 8: .* the 8 pairs .* into groups of 2 or more",
         ),
         (
             {"loss": "plackett_luce", "rows": DataConfig(columns=Columns(weight="w"))},
@@ -151,10 +167,6 @@ def test_a_regularizer_that_cannot_be_is_named(text, message):
             },
             "which train_only head leaves as they are",
         ),
-        (
-            {"contrastive": ContrastiveConfig(coefficient=2.0)},
-            "set contrastive.kind to simcse or swav",
-        ),
     ],
 )
 def test_combinations_that_cannot_work_are_refused_before_anything_is_loaded(
@@ -162,6 +174,81 @@ def test_combinations_that_cannot_work_are_refused_before_anything_is_loaded(
 ):
     with pytest.raises(ValueError, match=message):
         RewardConfig(**ANY, **options)
+
+
+@pytest.mark.parametrize("devices", [4, 8])
+def test_groups_of_all_devices_are_checked_once_the_mesh_is_known(devices):
+    texts = ["1e-3*batch_sum_to_zero?num_groups=devices"]
+    RewardConfig(**ANY, regularizers=texts, batch_size=8)
+    known = {"devices": devices, "batch_size": 8}
+    if devices == 4:
+        assert objectives.parts("hinge", texts, **known)["regularizers"]
+        return
+    with pytest.raises(
+        ValueError, match=r"num_groups 8 \(devices times accum_steps: 8"
+    ):
+        objectives.parts("hinge", texts, **known)
+
+
+def pairs_of_margins(*margins):
+    where = [f"pairs.jsonl:{n}" for n, _ in enumerate(margins, 1)]
+    return types.SimpleNamespace(margin=np.array(margins, np.float32), where=where)
+
+
+def test_a_margin_below_zero_is_refused_where_the_loss_multiplies_by_it():
+    good, bad = pairs_of_margins(0.0, 2.0), pairs_of_margins(1.0, -0.5, -2.0)
+    objectives.check_margins("scaled_bradley_terry", good)
+    objectives.check_margins("hinge?min_gap=2", bad)
+    with pytest.raises(ValueError, match=r"pairs.jsonl:3: margin -2.0: .*numbers >= 0"):
+        objectives.check_margins("scaled_bradley_terry", good, bad)
+
+
+def config_of(program, tmp_path, data, evals):
+    settings = {
+        "run_dir": str(tmp_path / "run"),
+        "model": "tiny",
+        "loss": "scaled_bradley_terry",
+        "rows": DataConfig(columns=Columns(margin="margin")),
+    }
+    if program is strength:
+        return StrengthConfig(**settings, data=data, at_once=True)
+    settings |= {"data": [data], "eval_data": [f"id={evals}"]}
+    return {
+        reward: RewardConfig,
+        dpo: DpoConfig,
+        meta_reward: functools.partial(MetaRewardConfig, shifted=["s.jsonl"]),
+    }[program](**settings)
+
+
+@pytest.mark.parametrize(
+    ("program", "side"),
+    [
+        (reward, "data"),
+        (reward, "evals"),
+        (meta_reward, "data"),
+        (dpo, "data"),
+        (strength, "data"),
+    ],
+)
+def test_every_program_with_a_pair_loss_checks_its_margins(
+    program, side, tmp_path, monkeypatch
+):
+    paths = {}
+    for name in ("data", "evals"):
+        margins = (1.0, -1.0 if name == side else 1.0)
+        row = {"prompt": "a", "chosen": "cat", "rejected": "dog"}
+        lines = [json.dumps(row | {"margin": m}) for m in margins]
+        path = tmp_path / f"{name}.jsonl"
+        path.write_text("\n".join(lines))
+        paths[name] = str(path)
+    for loader in ("load_reward_model", "load_policy"):  # weights are not needed
+        monkeypatch.setattr(program, loader, weightless, raising=False)
+    with pytest.raises(ValueError, match=rf"{side}.jsonl:2: margin -1.0"):
+        program.run(config_of(program, tmp_path, **paths))
+
+
+def weightless(spec, **options):
+    return None, {}, load_tokenizer_of(spec)
 
 
 def test_a_bound_column_is_used_by_its_regularizer_alone():
