@@ -116,6 +116,9 @@ def normalised(
     Returns:
         [Q] losses in nats, float32.
 
+    Raises:
+        ValueError: eps is not above 0.
+
     Source: Wei et al. 2022, arXiv:2205.09310 (LogitNorm), as the baseline BT-Norm of
     Hong et al. 2025, arXiv:2505.07271. Differs from the published code: eps.
 
@@ -123,6 +126,8 @@ def normalised(
     >>> print(normalised(jnp.array([1e4]), jnp.array([-1e4])))
     [0.21762]
     """
+    if eps <= 0:
+        raise ValueError(f"eps: expected a number above 0, got {eps}")
     gap = _gap(chosen_rewards, rejected_rewards)
     # Scaled first: the square of 1e30 is not a float32.
     largest = jnp.maximum(jnp.abs(chosen_rewards), jnp.abs(rejected_rewards))

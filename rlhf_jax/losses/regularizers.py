@@ -90,7 +90,11 @@ def centring(
     Source: Eisenstein et al. 2023, arXiv:2312.09244, eq. 2; coefficient 0.01 usual.
     """
     del weight
-    return (chosen_rewards + rejected_rewards).astype(jnp.float32) ** 2
+    # Cast first: in bfloat16 256 + 1 is 256.
+    chosen, rejected = (
+        r.astype(jnp.float32) for r in (chosen_rewards, rejected_rewards)
+    )
+    return (chosen + rejected) ** 2
 
 
 def squared_rewards(

@@ -203,6 +203,12 @@ def test_a_hinge_at_zero_leaves_ordered_pairs_alone():
     np.testing.assert_array_equal(slope(jnp.array([0.5, -0.5])), [0.0, -1.0])
 
 
+@pytest.mark.parametrize("eps", [0.0, -1.0])
+def test_normalised_refuses_an_eps_that_does_not_guard_the_root(eps):
+    with pytest.raises(ValueError, match="eps: expected a number above 0"):
+        normalised(jnp.zeros(1), jnp.zeros(1), eps=eps)
+
+
 def test_normalised_is_never_below_its_floor_whatever_the_scale():
     big, small = (normalised(x * jnp.ones(1), -x * jnp.ones(1)) for x in (1e30, 1e-1))
     np.testing.assert_allclose(big, math.log1p(math.exp(-math.sqrt(2))), rtol=1e-5)

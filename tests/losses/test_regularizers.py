@@ -86,6 +86,12 @@ def test_pairs_of_weight_zero_are_not_there():
     np.testing.assert_allclose(filled[:2], alone, rtol=1e-6)
 
 
+def test_centring_adds_in_float32():
+    """In bfloat16 256 + 1 is 256."""
+    chosen, rejected = (jnp.full(4, r, jnp.bfloat16) for r in (256, 1))
+    np.testing.assert_array_equal(centring(chosen, rejected, ONES), 257.0**2)
+
+
 def test_a_number_of_groups_that_does_not_divide_is_refused():
     with pytest.raises(ValueError, match="num_groups 3: expected a divisor of the 4"):
         batch_sum_to_zero(CHOSEN, REJECTED, ONES, num_groups=3)
