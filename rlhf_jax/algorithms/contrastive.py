@@ -22,6 +22,8 @@ from rlhf_jax.losses.masked import weighted_mean
 from rlhf_jax.losses.preference import bradley_terry
 from rlhf_jax.types import Mean, PreferenceBatch
 
+_SWAV_ONLY = ("num_prototypes", "sinkhorn_epsilon", "sinkhorn_iterations")
+
 
 @dataclasses.dataclass(frozen=True)
 class ContrastiveConfig:
@@ -38,19 +40,35 @@ class ContrastiveConfig:
     """Of the softmax: SimCSE 0.05, SwAV 0.1 (not stated in the paper)."""
     num_prototypes: int | None = None
     """Clusters of SwAV: 50 on pairs, 20 on differences."""
+    sinkhorn_epsilon: float = 0.05
+    """SwAV's: smaller = harder assignments to clusters."""
+    sinkhorn_iterations: int = 3
+    """SwAV's: more = clusters of more equal size."""
 
     def __post_init__(self) -> None:
-        for name, low in (("coefficient", 0.0), ("temperature", 0.0)):
+        for name in ("coefficient", "temperature", "sinkhorn_epsilon"):
             value = getattr(self, name)
-            if value is not None and not low < value < float("inf"):
+            if value is not None and not 0 < value < float("inf"):
                 raise ValueError(
                     f"contrastive.{name}: expected a finite number above 0, got {value}"
                 )
+        if self.sinkhorn_iterations < 1:
+            raise ValueError(
+                f"contrastive.sinkhorn_iterations: expected at least 1, got "
+                f"{self.sinkhorn_iterations}"
+            )
         if self.num_prototypes is not None and self.num_prototypes < 2:
             raise ValueError(
                 f"contrastive.num_prototypes: expected at least 2, got "
                 f"{self.num_prototypes}"
             )
+        for field in dataclasses.fields(self)[1:]:
+            kinds = ("swav",) if field.name in _SWAV_ONLY else ("simcse", "swav")
+            if self.kind not in kinds and getattr(self, field.name) != field.default:
+                raise ValueError(
+                    f"contrastive.{field.name}: contrastive.kind {self.kind} does not "
+                    f"use it; set contrastive.kind to {' or '.join(kinds)} with it"
+                )
 
     @property
     def differences(self) -> bool:
@@ -80,7 +98,13 @@ def make_contrast(config: ContrastiveConfig) -> Callable[..., jax.Array]:
     if config.kind == "swav":
         tau = config.temperature or 0.1
         return lambda params, first, second, weight: contrastive.swav(
-            first, second, params["prototypes"]["kernel"], weight, temperature=tau
+            first,
+            second,
+            params["prototypes"]["kernel"],
+            weight,
+            temperature=tau,
+            epsilon=config.sinkhorn_epsilon,
+            iterations=config.sinkhorn_iterations,
         )
     tau = config.temperature or 0.05
     return lambda params, first, second, weight: contrastive.simcse(

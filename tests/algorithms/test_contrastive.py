@@ -10,7 +10,7 @@ from rlhf_jax.algorithms.contrastive import (
     contrastive_objective,
     make_contrast,
 )
-from rlhf_jax.losses.contrastive import simcse
+from rlhf_jax.losses.contrastive import simcse, swav
 from rlhf_jax.losses.preference import bradley_terry
 from rlhf_jax.types import PreferenceBatch, Sequences
 
@@ -98,8 +98,48 @@ def test_defaults_are_the_papers(kind, items, weight, prototypes):
     assert (config.weight, config.prototypes) == (weight, prototypes)
 
 
-def test_impossible_settings_are_refused():
-    with pytest.raises(ValueError, match="contrastive.temperature: expected a finite"):
-        ContrastiveConfig(temperature=0.0)
-    with pytest.raises(ValueError, match="num_prototypes: expected at least 2"):
-        ContrastiveConfig(num_prototypes=1)
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"temperature": 0.0}, "contrastive.temperature: expected a finite"),
+        ({"num_prototypes": 1}, "num_prototypes: expected at least 2"),
+        ({"sinkhorn_epsilon": 0.0}, "sinkhorn_epsilon: expected a finite"),
+        ({"sinkhorn_iterations": 0}, "sinkhorn_iterations: expected at least 1"),
+    ],
+)
+def test_impossible_settings_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        ContrastiveConfig(kind="swav", **options)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "kinds"),
+    [
+        ("none", {"coefficient": 2.0}, "simcse or swav"),
+        ("none", {"temperature": 0.1}, "simcse or swav"),
+        ("none", {"items": "differences"}, "simcse or swav"),
+        ("none", {"sinkhorn_epsilon": 0.1}, "swav"),
+        ("simcse", {"num_prototypes": 8}, "swav"),
+        ("simcse", {"sinkhorn_iterations": 5}, "swav"),
+    ],
+)
+def test_options_that_a_kind_does_not_use_are_refused(kind, options, kinds):
+    (name,) = options
+    message = f"{name}: contrastive.kind {kind} does not use it; .* to {kinds} with it"
+    with pytest.raises(ValueError, match=message):
+        ContrastiveConfig(kind=kind, **options)
+
+
+def test_sinkhorns_options_reach_swav():
+    config = ContrastiveConfig(kind="swav", sinkhorn_epsilon=0.5, sinkhorn_iterations=1)
+    first, second, prototypes = (
+        STATES[0].reshape(4, 3),
+        STATES[1].reshape(4, 3),
+        STATES[0, :2, 0],
+    )
+    params = {"prototypes": {"kernel": prototypes}}
+    found = make_contrast(config)(params, first, second, jnp.ones(4))
+    expected = swav(first, second, prototypes, jnp.ones(4), epsilon=0.5, iterations=1)
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+    default = make_contrast(ContrastiveConfig(kind="swav"))
+    assert not np.allclose(found, default(params, first, second, jnp.ones(4)))
