@@ -1,8 +1,9 @@
 """Everything about one split of pairs or K-wise rows, as one flat dict of numbers.
 
-`evaluate_pairs` is what training calls on each named evaluation set and what the
-`evaluate` program tabulates. Keys are stable; a key that cannot be computed (no texts,
-no matched pair) is left out rather than given as nan.
+The `evaluate` program tabulates `pair_figures` and `evaluate_kwise`; `evaluate_pairs`
+is the former's numbers alone, for a notebook. Training logs the metrics of its
+objective instead. Keys are stable; a key that cannot be computed (no texts, no matched
+pair) is left out rather than given as nan.
 """
 
 import json
