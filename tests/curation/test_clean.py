@@ -3,7 +3,13 @@
 import numpy as np
 import pytest
 
-from rlhf_jax.curation.clean import ACTIONS, CleanConfig, changed_row, decide
+from rlhf_jax.curation.clean import (
+    ACTIONS,
+    CleanConfig,
+    changed_row,
+    decide,
+    soft_label,
+)
 from rlhf_jax.curation.strength import Strength
 
 ROW = {"prompt": "p", "chosen": "good", "rejected": "bad", "source": "hh"}
@@ -107,6 +113,29 @@ def test_all_rows_get_a_soft_label_once_any_can():
     assert "soft_label" not in (changed_row(ROW, "keep", 1.0, CleanConfig()) or {})
 
 
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 4.0])
+def test_with_a_temperature_the_soft_label_is_the_sigmoid_of_the_strength(temperature):
+    config = CleanConfig(soft_below=0.5, soft_temperature=temperature)
+    found = of_means(-2.0, 0.0, 0.25, 3.0)
+    labels = []
+    for action, mean in zip(decide(found, config), found.mean, strict=True):
+        new = changed_row(ROW, str(action), mean, config)
+        assert new is not None
+        labels.append(new["soft_label"])
+    expected = [1 / (1 + np.exp(-mu / temperature)) for mu in (-2.0, 0.0, 0.25)]
+    np.testing.assert_allclose(labels, [*expected, 1.0], rtol=1e-12)
+
+
+def test_soft_labels_of_all_pairs_are_symmetric_and_finite():
+    """p(mu) + p(-mu) = 1: a swapped pair says the same."""
+    config = CleanConfig(soft_fraction=1.0, soft_temperature=1e-3)
+    found = of_means(-1e4, -1e-3, 1e-3, 1e4)
+    assert decide(found, config).tolist() == ["soft"] * 4
+    labels = [soft_label(mean, config) for mean in found.mean]
+    assert labels[0] == 0.0 and labels[3] == 1.0
+    np.testing.assert_allclose(np.add(labels, labels[::-1]), 1.0)
+
+
 def test_dropped_rows_are_none():
     assert changed_row(ROW, "drop", -1.0, CleanConfig(drop_below=0.0)) is None
 
@@ -132,6 +161,16 @@ def test_columns_that_are_not_written_may_be_there():
         ({"drop_fraction": float("nan")}, "clean.drop_fraction.*nan"),
         ({"flip_below": float("inf")}, "clean.flip_below: expected a finite"),
         ({"soft_fraction": 0.1, "soft_below": 0.0}, "give one of the two"),
+        ({"soft_fraction": 1.1}, r"clean.soft_fraction: .* \[0, 1\], got 1.1"),
+        ({"soft_temperature": 1.0}, r"soft_temperature: no pair gets .*1 = all"),
+        (
+            {"soft_fraction": 1.0, "soft_temperature": 0.0},
+            "clean.soft_temperature: expected a finite number above 0, got 0.0",
+        ),
+        (
+            {"soft_below": 0.0, "soft_temperature": 1.0, "soft_label": 0.4},
+            "clean.soft_label and clean.soft_temperature: give one",
+        ),
         ({"soft_label": 1.5}, "clean.soft_label: .* got 1.5"),
         ({"margin_scale": float("nan")}, "clean.margin_scale"),
         ({"margin_scale": -1.0}, "clean.margin_scale: .* above 0, got -1.0"),
