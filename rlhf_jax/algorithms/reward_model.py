@@ -48,8 +48,10 @@ def reward_objective(
         hyper_parameters: further keyword arguments of the loss.
 
     Returns:
-        The objective; its metrics are those of `pair_metrics` and, for each
-        regularizer, its mean value before the coefficient, `regularizer/NAME`.
+        The objective: sum_i w_i (loss_i + regularizers) / sum_i w_i over the pairs of a
+        step, so that only the ratios of the weights within it count. Its metrics are
+        those of `pair_metrics` and, for each regularizer, its mean value before the
+        coefficient, `regularizer/NAME`.
 
     Raises:
         ValueError: the batch carries a column that neither the loss nor a regularizer

@@ -32,7 +32,10 @@ def importance_weights(
         [Q] weights > 0, float32, for the `weight` column of the pairs.
 
     Source: arXiv:2507.15507 (OCRM); relative ratios as Yamada et al. 2011. The scripts
-    of its code use s = 0.001, its arguments default to 0.01.
+    of its code use s = 0.001, its arguments default to 0.01. Differs from that code:
+    its loss is mean(w * loss), and dividing w by its mean over the batch is an option;
+    `algorithms.reward_model` always divides by the batch's sum of weights, so only the
+    ratios of the weights within a batch count.
 
     >>> import jax.numpy as jnp
     >>> print(importance_weights(jnp.zeros(1), jnp.zeros(1)))
