@@ -38,8 +38,8 @@ MODEL = RewardModel(tiny_config(num_heads=4, num_kv_heads=4))
 
 def contrastive(kind, stacked):
     apply = reward_states_apply(MODEL, deterministic=True)
-    prototypes = {"num_prototypes": 3} if kind == "swav" else {}
-    contrast = make_contrast(ContrastiveConfig(kind=kind, **prototypes))
+    prototypes = 3 if kind == "swav" else None
+    contrast = make_contrast(ContrastiveConfig(kind=kind, num_prototypes=prototypes))
     return contrastive_objective(
         over_micro_batches(apply) if stacked else apply, contrast=contrast
     )
