@@ -2,8 +2,9 @@
 
 import pytest
 
-from rlhf_jax.studies import attacks
-from rlhf_jax.studies.attacks import AttacksConfig, figures, run
+from rlhf_jax.studies import attacks, attacks_figures
+from rlhf_jax.studies.attacks import AttacksConfig, run
+from rlhf_jax.studies.attacks_figures import figures
 from rlhf_jax.testbed.rows import rows as world
 
 ROWS = world("rl", size=3)
@@ -76,9 +77,14 @@ def test_methods_without_a_prompt_in_common_are_not_compared():
 
 def test_the_table_says_what_is_divided_by_what():
     found = figures({"one": lines()})
-    caption = str(attacks.table([found, found]).caption)
+    caption = str(attacks_figures.table([found, found]).caption)
     assert "all 6 prompts" in caption and "the 4 of them" in caption
     assert "`given` stands in for `generate`" in caption
+
+
+def test_the_plot_draws_one_seed_which_has_no_interval(tmp_path):
+    attacks_figures.plot([figures({"one": lines()})], tmp_path / "p.png")
+    assert (tmp_path / "p.png").stat().st_size > 1000
 
 
 @pytest.mark.slow
@@ -88,7 +94,8 @@ def test_the_study_runs_and_goes_on(tmp_path):
     )
     found = run(config)
     assert run(config) == found
+    assert (tmp_path / "a" / "plots" / "attacks.png").exists()
     methods = found["seeds"][0]["methods"]
-    assert list(methods) == [*attacks.OTHERS.values(), *attacks.ATTACKS]
+    assert list(methods) == [*attacks.OTHERS, *attacks.ATTACKS]
     one, more = (methods[name]["gap"] for name in ("greedy, 1 edit", "greedy, 60 %"))
     assert more >= one
