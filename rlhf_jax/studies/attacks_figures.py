@@ -1,8 +1,8 @@
 """The figures of the attacks study, their table and their plot."""
 
 import pathlib
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeAlias
 
 import numpy as np
 from rich.table import Table
@@ -10,8 +10,9 @@ from rich.table import Table
 from rlhf_jax.io import scatter
 from rlhf_jax.programs.seam_scoring import Line
 from rlhf_jax.studies.statistics import interval
-from rlhf_jax.testbed.gold import gold
 
+Judge: TypeAlias = Callable[[Sequence[Line], Sequence[str]], np.ndarray]
+"""(lines, a completion of each) -> gold rewards."""
 MEANING = {
     "found": "prompts with a completion",
     "success": "prompts with a misjudged one",
@@ -24,11 +25,14 @@ MEANING = {
 """The figures of a method; the best is a prompt's completion of the highest reward."""
 
 
-def figures(methods: Mapping[str, Sequence[Line]]) -> dict[str, Any]:
+def figures(
+    methods: Mapping[str, Sequence[Line]], judge: Judge | None
+) -> dict[str, Any]:
     """MEANING's figures of each method, on the same prompts.
 
     Args:
         methods: lines of `seam_scoring.score_part`, one a prompt, in one order.
+        judge: of the best completions; None = no gold rewards.
 
     Returns:
         `scorable`, how many prompts have a gold completion that both models take, of
@@ -71,23 +75,30 @@ def figures(methods: Mapping[str, Sequence[Line]]) -> dict[str, Any]:
                 "found": len(has[name]) / len(scorable),
                 "success": sum(_misjudged(lines[n]) > 0 for n in has[name])
                 / len(scorable),
-                **_means([lines[n] for n in common]),
+                **_means([lines[n] for n in common], judge),
             }
             for name, lines in methods.items()
         },
     }
 
 
-def _means(lines: Sequence[Line]) -> dict[str, float]:
+def _means(lines: Sequence[Line], judge: Judge | None) -> dict[str, float]:
     best = [max(line["worse"], key=lambda each: each["reward"]) for line in lines]
-    pairs = list(zip(lines, best, strict=True))
+    texts = [each["text"] for each in best]
     return {
         "misjudged": float(np.mean([_misjudged(line) for line in lines])),
         "logprob": float(
             np.mean([np.mean([_a_token(w) for w in line["worse"]]) for line in lines])
         ),
-        "gap": float(np.mean([b["reward"] - line["gold_reward"] for line, b in pairs])),
-        "gold": float(np.mean([gold(line["prompt"], b["text"]) for line, b in pairs])),
+        "gap": float(
+            np.mean(
+                [
+                    b["reward"] - line["gold_reward"]
+                    for line, b in zip(lines, best, strict=True)
+                ]
+            )
+        ),
+        **({"gold": float(judge(lines, texts).mean())} if judge else {}),
         "best_logprob": float(np.mean([_a_token(b) for b in best])),
     }
 
@@ -107,14 +118,16 @@ def table(found: Sequence[Mapping[str, Any]]) -> Table:
     Args:
         found: from `figures`, one a seed.
     """
+    methods = found[0]["methods"]
+    names = [name for name in MEANING if name in next(iter(methods.values()))]
     shown = Table(title=f"attacks on {len(found)} reward models")
     shown.add_column("", no_wrap=True)
-    for title in MEANING.values():
-        shown.add_column(title, justify="right")
-    for name in found[0]["methods"]:
-        rows = [result["methods"][name] for result in found]
-        columns = ([row[key] for row in rows] for key in MEANING)
-        shown.add_row(name, *(interval(values).plain() for values in columns))
+    for name in names:
+        shown.add_column(MEANING[name], justify="right")
+    for method in methods:
+        rows = [result["methods"][method] for result in found]
+        columns = ([row[name] for row in rows] for name in names)
+        shown.add_row(method, *(interval(values).plain() for values in columns))
     scorable, common = (sum(f[name] for f in found) for name in ("scorable", "common"))
     gold_logprob = interval([result["gold_logprob"] for result in found])
     shown.caption = (
@@ -122,9 +135,13 @@ def table(found: Sequence[Mapping[str, Any]]) -> Table:
         f"{scorable:,} prompts with a gold completion that both models take; the "
         f"others: means over the {common:,} of them with a completion by every method. "
         f"Best: the completion with the highest reward. Gold completions: "
-        f"{gold_logprob.plain()} log p a token. `given` stands in for `generate`: the "
-        "testbed's policy does not follow a writer's instruction"
+        f"{gold_logprob.plain()} log p a token"
     )
+    if "given" in methods and "generate" not in methods:
+        shown.caption += (
+            ". `given`, the testbed's known corruptions, stands in for `generate`: the "
+            "testbed's policy does not follow a writer's instruction"
+        )
     return shown
 
 
