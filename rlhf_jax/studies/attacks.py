@@ -72,7 +72,7 @@ class AttacksConfig:
     """A ready policy, with reward: run directory, HF directory, hub id or .gguf; null =
     it is trained on the testbed, and so are the reward models."""
     reward: list[str] = dataclasses.field(default_factory=list)
-    """Ready reward models, with policy, one a seed; repeat for several."""
+    """Ready reward models, with policy, at least as many as seeds."""
     data: list[str] = dataclasses.field(default_factory=list)
     """Prompts with gold completions, SPEC, for ready models; repeat for several; none =
     the testbed's, others for each seed."""
@@ -92,10 +92,10 @@ class AttacksConfig:
                 f"policy {self.policy}, reward {self.reward}: expected both, ready "
                 "models that fit together, or neither, to train them on the testbed"
             )
-        if self.reward and len(self.reward) != self.seeds:
+        if self.reward and len(self.reward) < self.seeds:
             raise ValueError(
-                f"seeds {self.seeds}: expected one for each reward model, and reward "
-                f"names {len(self.reward)}; set seeds to {len(self.reward)}"
+                f"reward: expected {self.seeds} reward models, one a seed, got "
+                f"{len(self.reward)}; name more, or set seeds to {len(self.reward)}"
             )
         if self.data and self.policy is None:
             raise ValueError(

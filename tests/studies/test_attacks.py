@@ -26,7 +26,7 @@ def worse(text, reward, logprob):
     }
 
 
-def line(n, found, *, gold_reward=1.0):
+def line(n, found, *, gold_reward: float | None = 1.0):
     made = {"prompt": ROWS[n]["prompt"], "gold_reward": gold_reward, "worse": found}
     return made | {"gold_logprob": -4.0 * (n + 1), "gold_num_tokens": 4}
 
@@ -113,7 +113,7 @@ READY = {"policy": "p", "reward": ["a", "b"], "seeds": 2}
     [
         ({"policy": "p"}, r"policy p, reward \[\]: expected both"),
         ({"reward": ["a"]}, r"policy None, reward \['a'\]: expected both"),
-        (READY | {"seeds": 5}, "seeds 5: .* reward names 2; set seeds to 2"),
+        (READY | {"seeds": 5}, "reward: expected 5 .* got 2; name more, or set seeds to 2"),
         ({"data": ["x.jsonl"]}, r"data \['x.jsonl'\]: models of the testbed read its"),
         (READY | {"reward": ["a", "b.c:d"]}, "attack follows .* reward b.c:d is none"),
         (READY | {"gold": "x*rm"}, r"reward 'x\*rm': expected SPEC or WEIGHT\*SPEC"),
@@ -142,7 +142,7 @@ def test_the_study_runs_goes_on_and_takes_ready_models(tmp_path, monkeypatch):
     assert run(config) == found
     assert (tmp_path / "a" / "plots" / "attacks.png").exists()
     methods = found["seeds"][0]["methods"]
-    assert list(methods) == [*attacks.OTHERS, *attacks.ATTACKS]
+    assert list(methods) == [*config.others, *attacks.ATTACKS]
     one, more = (methods[name]["gap"] for name in ("greedy, 1 edit", "greedy, 60 %"))
     assert more >= one
 
