@@ -5,6 +5,7 @@ makes the text and `pieces` the ids for it.
     encoder = Encoder(tokenizer)
     encoder.prompt(prompt)              ids up to and with the assistant's header
     encoder.completion(prompt, text)    ids of the answer, its end token included
+    encoder.encode_all(prompts, texts, tools)   both, of many answers at a time
     encoder.pair(prompt, chosen, rejected), encoder.conversation(messages)
 
 A prompt is text (one user turn), HH text, or a list of messages (see `messages`).
@@ -30,7 +31,7 @@ import dataclasses
 import functools
 import hashlib
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from rlhf_jax.data import templates
 from rlhf_jax.data.encoded import (
@@ -45,6 +46,16 @@ from rlhf_jax.data.turns import Chat, Plain, Prompt
 
 VERSION = 1
 """Part of every cache key: raise it when the ids of some row change."""
+_CHUNK = 1024
+"""Answers that `encode_all` holds as text and pieces at a time."""
+
+
+class _Asked(NamedTuple):
+    """A prompt as its answers need it."""
+
+    conversation: Prompt
+    rendered: str
+    pieces: Pieces
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -81,15 +92,59 @@ class Encoder:
     def encode(
         self, prompt: Any, text: str, *, tools: list | None = None
     ) -> EncodedCompletion:
-        """Prompt and answer."""
-        return EncodedCompletion(
-            *self.ids(
-                [
-                    self.prompt_pieces(prompt, tools=tools),
-                    self.completion_pieces(prompt, text, tools=tools),
-                ]
-            )
-        )
+        """Prompt and answer; see `completion` for errors."""
+        pieces = self.answer_pieces(prompt, [text], tools=tools)
+        return EncodedCompletion(*self.ids(pieces))
+
+    def encode_all(
+        self,
+        prompts: Sequence[Any],
+        texts: Sequence[str],
+        tools: Sequence[list | None],
+    ) -> list[EncodedCompletion | ValueError]:
+        """What `encode` gives for each answer, or the error that it raises.
+
+        A prompt is rendered and encoded once for all its answers: those that have an
+        equal text for a prompt, or the very same list of messages.
+
+        Args:
+            prompts: text or messages, one for each answer.
+            texts: the answers.
+            tools: one entry for each answer.
+        """
+        found: list[EncodedCompletion | ValueError] = []
+        for start in range(0, len(texts), _CHUNK):
+            part = slice(start, start + _CHUNK)
+            found += self._encode_part(prompts[part], texts[part], tools[part])
+        return found
+
+    def _encode_part(
+        self,
+        prompts: Sequence[Any],
+        texts: Sequence[str],
+        tools: Sequence[list | None],
+    ) -> list[EncodedCompletion | ValueError]:
+        asked: dict[Any, _Asked] = {}
+        answers: list[tuple[Any, Pieces] | ValueError] = []
+        for prompt, text, each in zip(prompts, texts, tools, strict=True):
+            key = (prompt if isinstance(prompt, str) else id(prompt), id(each))
+            try:
+                if key not in asked:
+                    asked[key] = self._asked(prompt, each)
+                answers.append((key, self._answer(asked[key], text, each)))
+            except ValueError as error:
+                # Without its frames, which hold all the texts.
+                answers.append(error.with_traceback(None))
+        sequences = [one.pieces for one in asked.values()]
+        sequences += [answer[1] for answer in answers if isinstance(answer, tuple)]
+        ids = iter(self.ids(sequences))
+        shared = {key: next(ids) for key in asked}
+        return [
+            EncodedCompletion(shared[answer[0]], next(ids))
+            if isinstance(answer, tuple)
+            else answer
+            for answer in answers
+        ]
 
     def pair(
         self,
@@ -105,7 +160,7 @@ class Encoder:
         tools: list | None = None,
     ) -> EncodedPair:
         """Prompt and two answers; see `completion` for errors."""
-        pieces = self.pair_pieces(prompt, chosen, rejected, tools=tools)
+        pieces = self.answer_pieces(prompt, [chosen, rejected], tools=tools)
         return EncodedPair(
             *self.ids(pieces),
             margin=margin,
@@ -143,28 +198,20 @@ class Encoder:
 
     def prompt_pieces(self, prompt: Any, *, tools: list | None = None) -> Pieces:
         """The pieces of `prompt`."""
-        conversation = self.as_prompt(prompt)
-        texts, written, _ = self._style.prompt(conversation, tools)
-        return Pieces(tuple(texts), tuple(written))
+        return self._asked(prompt, tools).pieces
 
     def completion_pieces(
         self, prompt: Any, text: str, *, tools: list | None = None
     ) -> Pieces:
         """The one piece of `completion`."""
-        rendered = self._style.prompt_text(self.as_prompt(prompt), tools)
-        return self._completion(rendered, self.as_prompt(prompt), text, tools)
+        return self.answer_pieces(prompt, [text], tools=tools)[1]
 
-    def pair_pieces(
-        self, prompt: Any, chosen: str, rejected: str, *, tools: list | None = None
+    def answer_pieces(
+        self, prompt: Any, texts: Sequence[str], *, tools: list | None = None
     ) -> list[Pieces]:
-        """The pieces of prompt, chosen and rejected."""
-        conversation = self.as_prompt(prompt)
-        texts, written, rendered = self._style.prompt(conversation, tools)
-        return [
-            Pieces(tuple(texts), tuple(written)),
-            self._completion(rendered, conversation, chosen, tools),
-            self._completion(rendered, conversation, rejected, tools),
-        ]
+        """The pieces of a prompt, and of each of its answers."""
+        asked = self._asked(prompt, tools)
+        return [asked.pieces, *(self._answer(asked, text, tools) for text in texts)]
 
     def conversation_pieces(
         self,
@@ -211,14 +258,18 @@ class Encoder:
             )
         return messages
 
-    def _completion(
-        self, rendered: str, prompt: Prompt, text: str, tools: list | None
-    ) -> Pieces:
+    def _asked(self, prompt: Any, tools: list | None) -> _Asked:
+        conversation = self.as_prompt(prompt)
+        texts, written, rendered = self._style.prompt(conversation, tools)
+        pieces = Pieces(tuple(texts), tuple(written))
+        return _Asked(conversation, rendered, pieces)
+
+    def _answer(self, asked: _Asked, text: str, tools: list | None) -> Pieces:
         if not isinstance(text, str):
             raise ValueError(f"completion: expected text, got {type(text).__name__}")
         check_text(text, "completion")
         last = {"role": "assistant", "content": text}
-        piece = self._style.completion(rendered, prompt, last, tools)
+        piece = self._style.completion(asked.rendered, asked.conversation, last, tools)
         return Pieces((piece,), (True,), ends=True, first=False)
 
     # Ids, of many sequences at a time.

@@ -104,10 +104,8 @@ def _pair_pieces(
     row: dict[str, Any], encoder: Encoder, config: DataConfig
 ) -> tuple[list[Pieces], Any]:
     pair = shapes.pair_row(row, config.columns)
-    pieces = encoder.pair_pieces(
-        pair.prompt, pair.chosen, pair.rejected, tools=pair.tools
-    )
-    return pieces, pair
+    texts = [pair.chosen, pair.rejected]
+    return encoder.answer_pieces(pair.prompt, texts, tools=pair.tools), pair
 
 
 def _check_pair(
@@ -177,9 +175,8 @@ def _conversation_pieces(
         )
         return [pieces], record
     assert record.prompt is not None and record.completion is not None
-    prompt = encoder.prompt_pieces(record.prompt, tools=record.tools)
-    answer = encoder.completion_pieces(
-        record.prompt, record.completion, tools=record.tools
+    prompt, answer = encoder.answer_pieces(
+        record.prompt, [record.completion], tools=record.tools
     )
     asked = (False,) * len(prompt.written) if config.turns == "last" else prompt.written
     texts, written = prompt.texts + answer.texts, asked + answer.written
@@ -248,12 +245,9 @@ def _kwise_pieces(
     row: dict[str, Any], encoder: Encoder, config: DataConfig, *, scored: bool = True
 ) -> tuple[list[Pieces], Any]:
     record = shapes.kwise_row(row, config.columns, scored=scored)
-    prompt = encoder.prompt_pieces(record.prompt, tools=record.tools)
-    answers = [
-        encoder.completion_pieces(record.prompt, response.text, tools=record.tools)
-        for response in record.responses
-    ]
-    return [prompt, *answers], [response.score for response in record.responses]
+    texts = [response.text for response in record.responses]
+    pieces = encoder.answer_pieces(record.prompt, texts, tools=record.tools)
+    return pieces, [response.score for response in record.responses]
 
 
 def _check_kwise(

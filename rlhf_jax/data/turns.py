@@ -46,9 +46,6 @@ class Plain:
         texts.append(rendered[start:])
         return texts, [here % 2 == 1 for here in range(len(texts))], rendered
 
-    def prompt_text(self, prompt: Prompt, tools: list | None) -> str:
-        return self.prompt(prompt, tools)[2]
-
     def completion(
         self, rendered: str, prompt: Prompt, last: Message, tools: list | None
     ) -> str:

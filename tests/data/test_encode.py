@@ -4,6 +4,7 @@ import importlib.metadata
 
 import pytest
 
+from rlhf_jax.data import encode, templates
 from rlhf_jax.data.encode import Encoder
 from rlhf_jax.data.templates import FIXED_DATE
 from tests.data.conftest import CHATML, GENERATION, LLAMA2, LLAMA3, byte_tokenizer
@@ -284,6 +285,72 @@ def test_encoding_many_at_once_changes_nothing(tokenizer):
     texts = [("sort: fig pear", "fig pear"), ("q", "a b c"), (TURNS[:1], "x")]
     pieces = [encoder.completion_pieces(*text) for text in texts]
     assert encoder.ids(pieces) == [encoder.completion(*text) for text in texts]
+
+
+HH_PROMPT = "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant:"
+TALK = TURNS[:3]
+TOOLS = [{"name": "add"}]
+MANY = [
+    ("q", "a", None),
+    (TALK, "b", None),
+    ("q", "a", None),  # a duplicate
+    ("q", " b\n", None),
+    (HH_PROMPT, "d", None),
+    ("q", "a", TOOLS),
+    ("a\ud800b", "x", None),
+    ("q", "\udfff", None),
+    (3, "x", None),
+    ("q", 5, None),
+    ([SYSTEM, TURNS[0]], "c", None),
+    ([*TALK], "b", None),
+    (TALK, "", None),
+    ("q", "c<|im_end|>d", None),
+    (HH_PROMPT, "e", None),
+]
+
+
+def one_by_one(encoder, prompt, text, tools):
+    try:
+        return encoder.encode(prompt, text, tools=tools)
+    except ValueError as error:
+        return str(error)
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 1024])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"template": "{% if tools %}{{ tools | tojson }}{% endif %}" + CHATML},
+        {"template": LLAMA2, "eos": "</s>"},  # refuses the system's turn
+        {"template": REWRITES},
+        {"template": None, "eos": "</s>", "prefix_space": True},  # refuses tools
+    ],
+    ids=str,
+)
+def test_many_texts_have_the_ids_and_errors_of_each_alone(options, chunk, monkeypatch):
+    monkeypatch.setattr(encode, "_CHUNK", chunk)
+    encoder = Encoder(byte_tokenizer(**options))
+    found = encoder.encode_all(*(list(column) for column in zip(*MANY)))
+    found = [str(one) if isinstance(one, ValueError) else one for one in found]
+    assert found == [one_by_one(encoder, *each) for each in MANY]
+    assert sum(isinstance(one, str) for one in found) >= 4
+
+
+def test_a_prompt_is_rendered_once_for_all_its_answers(monkeypatch):
+    encoder, render, count = Encoder(byte_tokenizer()), templates.Template.render, 30
+    calls = []
+
+    def counted(self, messages, **options):
+        calls.append(messages)
+        return render(self, messages, **options)
+
+    monkeypatch.setattr(templates.Template, "render", counted)
+    for prompt in ("q", [{"role": "user", "content": "q"}]):
+        calls.clear()
+        encoder.encode_all([prompt] * count, ["x"] * count, [None] * count)
+        assert [messages[-1]["role"] for messages in calls].count("user") == 1
+        assert len(calls) == 1 + count
 
 
 def test_fingerprint_follows_what_decides_the_ids():
