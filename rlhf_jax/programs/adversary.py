@@ -20,6 +20,7 @@ from rlhf_jax.data import layout
 from rlhf_jax.data.encode import Encoder
 from rlhf_jax.data.encoded import EncodedCompletion
 from rlhf_jax.data.plan import row_bucket
+from rlhf_jax.data.texts import Texts
 from rlhf_jax.programs import models
 from rlhf_jax.programs.rewards import kind_of
 from rlhf_jax.programs.scorer import (
@@ -92,10 +93,8 @@ class Adversary:
         """
         encoder = self.scorer.encoder
         given = tools or [None] * len(prompts)
-        encoded = [
-            self.scorer.encode(prompt, gold, tools=each)
-            for prompt, gold, each in zip(prompts, golds, given, strict=True)
-        ]
+        rows = [{"tools": each} for each in given]
+        encoded = self.scorer.encode_all(Texts(prompts, golds, rows))
         at = [n for n, found in enumerate(encoded) if not isinstance(found, Refusal)]
         mine = [found for found in encoded if not isinstance(found, Refusal)]
         starts = [tuple(int(i) for i in one.completion) for one in mine]

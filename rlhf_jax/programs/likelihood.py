@@ -1,7 +1,7 @@
 """What a policy makes of texts, through the machinery that scores them.
 
     likelihood = open_likelihood("runs/policy", ScoringConfig())
-    encoded = [likelihood.encode(prompt, text) for prompt, text in texts]
+    encoded = likelihood.encode_all(Texts(prompts, completions, rows))
     logprobs = likelihood.rewards(encoded)         log p(text | prompt), nats
 
 `open_pooling` gives the mean hidden state of each text instead.

@@ -16,6 +16,7 @@ from rlhf_jax.data.encode import Encoder
 from rlhf_jax.data.encoded import EncodedCompletion
 from rlhf_jax.data.messages import as_messages, check_text, describe, is_hh, parse_hh
 from rlhf_jax.data.pieces import Pieces
+from rlhf_jax.data.texts import Texts
 from rlhf_jax.programs.scorer import Refusal, Scorer
 
 
@@ -71,12 +72,17 @@ def encode_items(items: Sequence[Item], scorer: Scorer) -> list[EncodedCompletio
     Raises:
         Refused: the model cannot score one of them; names field and index.
     """
+    structured = [item for item in items if item.prompt is not None]
+    texts = Texts(
+        [item.prompt for item in structured],
+        [item.text for item in structured],
+        [{"tools": item.tools} for item in structured],
+    )
+    answers = iter(scorer.encode_all(texts))
     encoded = []
     for item in items:
-        if item.prompt is None:
-            found = encode_query(item.text, scorer)
-        else:
-            found = scorer.encode(item.prompt, item.text, tools=item.tools)
+        query = item.prompt is None
+        found = encode_query(item.text, scorer) if query else next(answers)
         if isinstance(found, Refusal):
             raise Refused(f"{item.where}: {found.reason}: {found.detail}")
         encoded.append(found)

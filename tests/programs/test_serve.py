@@ -274,6 +274,7 @@ class Gate:
 
     def __init__(self, scorer):
         self.encoder, self.encode = scorer.encoder, scorer.encode
+        self.encode_all = scorer.encode_all
         self.sizes, self.open, self.entered = [], threading.Event(), queue.Queue()
         self.answer = lambda encoded: np.arange(len(encoded), dtype=np.float32)
 
@@ -361,7 +362,7 @@ def test_a_failing_model_is_status_500_and_the_server_lives_on(scorer):
 def test_an_error_in_encoding_does_not_end_the_thread(scorer):
     gate: Any = Gate(scorer)
     gate.open.set()
-    gate.encode = lambda *args, **options: 1 / 0
+    gate.encode_all = lambda texts: [1 / 0 for _ in texts.completions]
     with ScoreService(gate, max_batch=3, batch_wait_s=0, max_waiting=9) as service:
         with pytest.raises(ScoringFailed, match="ZeroDivisionError"):
             service.submit([Item("completions[0]", "a", "b")]).result(10)
