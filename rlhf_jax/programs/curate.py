@@ -30,10 +30,10 @@ from rlhf_jax.data.rows import Columns
 from rlhf_jax.losses.importance import importance_weights
 from rlhf_jax.losses.regularizers import similarity_bound
 from rlhf_jax.programs import curate_rows, scored_rows
-from rlhf_jax.programs.curate_rows import Curated, Row, refusal_of
+from rlhf_jax.programs.curate_rows import Curated, Row
 from rlhf_jax.programs.likelihood import open_likelihood
 from rlhf_jax.programs.rewards import open_rewards
-from rlhf_jax.programs.scorer import Refusal, Scorer, ScoringConfig, open_scorer
+from rlhf_jax.programs.scorer import Scorer, ScoringConfig, open_scorer
 
 PART = 512
 """Pairs whose states are held at a time."""
@@ -222,15 +222,9 @@ def _agree(found: Curated, config: CurateConfig) -> None:
     reward = open_rewards(
         [str(config.agree_with)], scoring=config.scoring, timeout_s=config.timeout_s
     )
-
-    found.keep([refusal_of(reward, row) for row in found.rows])
-    prompts = [row["prompt"] for row in found.rows]
-    chosen, rejected = (
-        reward(prompts, [row[side] for row in found.rows], found.rows).total
-        for side in ("chosen", "rejected")
-    )
+    chosen, rejected = curate_rows.side_rewards(found, reward)
     # The label itself is the first source, and it always says +1.
-    _, kept = curation.consensus(found.rows, np.ones(len(prompts)), chosen - rejected)
+    _, kept = curation.consensus(found.rows, np.ones(len(chosen)), chosen - rejected)
     found.keep([None if stays else "second source disagrees" for stays in kept])
 
 
@@ -276,22 +270,12 @@ def _both(
 
     Rows of refused texts hold nan.
     """
-    encoded, fit = [], []
-    reasons: list[str | None] = [None] * len(rows)
-    for n, row in enumerate(rows):
-        pair = [
-            scorer.encode(row["prompt"], row[side], tools=row.get("tools") or None)
-            for side in ("chosen", "rejected")
-        ]
-        for side, text in zip(("chosen", "rejected"), pair):
-            if isinstance(text, Refusal):
-                reasons[n] = f"{text.reason}: {side}: {text.detail}"
-        if reasons[n] is None:
-            fit.append(n)
-            encoded += pair
+    encoded = scorer.encode_all(curate_rows.texts_of(rows))
+    reasons = curate_rows.reasons_of(encoded)
+    fit = [n for n, reason in enumerate(reasons) if reason is None]
     if not fit:
         return np.full((len(rows), 2), np.nan), reasons
-    found = values(encoded)
+    found = values([text for n in fit for text in encoded[2 * n : 2 * n + 2]])
     result = np.full((len(rows), 2, *found.shape[1:]), np.nan)
     result[fit] = found.reshape(len(fit), 2, *found.shape[1:])
     return result, reasons

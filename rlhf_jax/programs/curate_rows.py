@@ -14,12 +14,15 @@ from rlhf_jax.curation import pairs as curation
 from rlhf_jax.data import rows as row_shapes
 from rlhf_jax.data import sources
 from rlhf_jax.data.rows import Columns, ConversationRow
+from rlhf_jax.data.texts import Texts
 from rlhf_jax.programs import scored_rows
 from rlhf_jax.programs.rewards import Rewards
+from rlhf_jax.programs.scorer import Refusal
 
 Row = dict[str, Any]
 _TEXTS = ("prompt", "chosen", "rejected", "tools")
 """Standard columns of a pair; the last is there if the data has tools."""
+SIDES = ("chosen", "rejected")
 
 
 @dataclasses.dataclass
@@ -134,27 +137,52 @@ def new_over_old(new: str, old: str, reward: Rewards, columns: Columns) -> Curat
             found.add(where, {"prompt": mine.prompt, **texts, **tools})
     if not found.rows:
         raise _nothing(f"new {new}", found)
-    found.keep([refusal_of(reward, row) for row in found.rows])
+    rewards = side_rewards(found, reward)
     prompts, chosen, rejected = (
         [row[name] for row in found.rows] for name in _TEXTS[:3]
     )
-    _, kept = curation.new_over_old(
-        prompts,
-        chosen,
-        rejected,
-        reward(prompts, chosen, found.rows).total,
-        reward(prompts, rejected, found.rows).total,
-    )
+    _, kept = curation.new_over_old(prompts, chosen, rejected, *rewards)
     found.keep([None if stays else "equal to the old, or worse" for stays in kept])
     return found
 
 
-def refusal_of(reward: Rewards, row: Row) -> str | None:
-    """Why a reward cannot take a text of a pair, "REASON: DETAIL"."""
-    for side in ("chosen", "rejected"):
-        if (why := reward.refusal(row["prompt"], row[side], row)) is not None:
-            return f"{why.reason}: {side}: {why.detail}"
-    return None
+def texts_of(rows: Sequence[Row]) -> Texts:
+    """Chosen and rejected of each pair, in turn."""
+    return Texts(
+        [row["prompt"] for row in rows for _ in SIDES],
+        [row[side] for row in rows for side in SIDES],
+        [row for row in rows for _ in SIDES],
+    )
+
+
+def reasons_of(found: Sequence[Any]) -> list[str | None]:
+    """Why a pair has no rewards, "REASON: DETAIL", from what is found of its texts in
+    the order of `texts_of`: a Refusal, or anything else."""
+    reasons: list[str | None] = []
+    for pair in zip(found[::2], found[1::2], strict=True):
+        refused = [
+            f"{why.reason}: {side}: {why.detail}"
+            for side, why in zip(SIDES, pair, strict=True)
+            if isinstance(why, Refusal)
+        ]
+        reasons.append(refused[0] if refused else None)
+    return reasons
+
+
+def side_rewards(found: Curated, reward: Rewards) -> tuple[np.ndarray, np.ndarray]:
+    """Rewards [Q] of the chosen completions and of the rejected ones; pairs with a text
+    that the reward cannot take are left out first.
+
+    Raises:
+        ValueError: no pair is left, or a reward fails.
+    """
+    texts = texts_of(found.rows)
+    reasons = reasons_of(reward.refusals(texts))
+    found.keep(reasons)
+    kept = [2 * n for n, reason in enumerate(reasons) if reason is None]
+    chosen = reward.score(texts.take(kept))
+    rejected = reward.score(texts.take([n + 1 for n in kept]))
+    return chosen.total, rejected.total
 
 
 def _records(

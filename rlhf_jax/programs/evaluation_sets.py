@@ -113,17 +113,16 @@ def score_set(
     """
     taken = subset(len(source), limit, seed)
     read = _reader(data, columns, scored=gold is None)
+    rows = [read(source, index) for index in taken]
+    found = iter(_encode([job for job in rows if isinstance(job, Job)], scorer, gold))
     jobs: list[Job] = []
     encoded: list[EncodedCompletion] = []
     aside: list[dict[str, Any]] = []
-    for index in taken:
-        job = read(source, index)
+    for job in rows:
         if isinstance(job, dict):
             aside.append({"set": data.name, **job})
             continue
-        texts = _encode(job, scorer)
-        if gold is not None and not isinstance(texts, Refusal):
-            texts = _refusal(job, gold) or texts
+        texts = next(found)
         if isinstance(texts, Refusal):
             line = scored_rows.set_aside(job.where, texts.reason, texts.detail, job.row)
             aside.append({"set": data.name, **line})
@@ -150,20 +149,9 @@ def score_set(
     return ScoredSet(jobs, rewards, len(source), len(taken), aside, figures)
 
 
-def _refusal(job: Job, gold: Rewards) -> Refusal | None:
-    """Why the gold reward cannot take a text of the job."""
-    row = {**job.row, "tools": job.tools}
-    found = (gold.refusal(job.prompt, text, row) for text in job.texts)
-    refusal = next((each for each in found if each is not None), None)
-    return refusal and dataclasses.replace(refusal, reason=f"gold: {refusal.reason}")
-
-
 def _judged(jobs: Sequence[Job], gold: Rewards) -> list[Job]:
     """The jobs as K-wise ones, with the gold reward's scores of their texts."""
-    texts = [text for job in jobs for text in job.texts]
-    owners = [job for job in jobs for _ in job.texts]
-    rows = [{**job.row, "tools": job.tools} for job in owners]
-    found = gold([job.prompt for job in owners], texts, rows)
+    found = gold.score(scored_rows.texts_of(jobs))
     scores = scored_rows.split_rewards(found.total, jobs)
     return [
         job._replace(kind="kwise", gold=tuple(part.tolist()))
@@ -205,20 +193,44 @@ def _contrast_job(prefix: str, row: dict[str, Any], where: str) -> Job:
     return Job(row, where, "contrast", item, item.texts())
 
 
-def _encode(job: Job, scorer: Scorer) -> list[EncodedCompletion] | Refusal:
-    """`scored_rows.encode_job`, also of a contrast job, whose prompt is its item."""
+def _encode(
+    jobs: Sequence[Job], scorer: Scorer, gold: Rewards | None
+) -> list[list[EncodedCompletion] | Refusal]:
+    """`scored_rows.encode_jobs`, also of contrast jobs; a job with a text that the gold
+    reward cannot take has none."""
+    parts = [_parts(job) for job in jobs]
+    each = iter(scored_rows.encode_jobs([p for some in parts for p in some], scorer))
+    found = [_joined([next(each) for _ in some]) for some in parts]
+    if gold is not None:
+        refusals = iter(gold.refusals(scored_rows.texts_of(jobs)))
+        for n, job in enumerate(jobs):
+            refused = [why for why in [next(refusals) for _ in job.texts] if why]
+            if refused and not isinstance(found[n], Refusal):
+                found[n] = Refusal(f"gold: {refused[0].reason}", refused[0].detail)
+    return found
+
+
+def _parts(job: Job) -> list[Job]:
+    """The job itself; of a contrast job, whose prompt is its item, one a prompt."""
     if job.kind != "contrast":
-        return scored_rows.encode_job(job, scorer)
-    item, encoded = job.prompt, []
-    for prompt, texts in (
-        (item.query, job.texts[:2]),
-        (item.retrieval, job.texts[2:]),
-    ):
-        part = scored_rows.encode_job(job._replace(prompt=prompt, texts=texts), scorer)
+        return [job]
+    item = job.prompt
+    return [
+        job._replace(prompt=item.query, texts=job.texts[:2]),
+        job._replace(prompt=item.retrieval, texts=job.texts[2:]),
+    ]
+
+
+def _joined(
+    parts: Sequence[list[EncodedCompletion] | Refusal],
+) -> list[EncodedCompletion] | Refusal:
+    """The texts of all parts, or the first Refusal."""
+    texts = []
+    for part in parts:
         if isinstance(part, Refusal):
             return part
-        encoded += part
-    return encoded
+        texts += part
+    return texts
 
 
 def _with_rewards(job: Job, rewards: np.ndarray, *, with_gold: bool) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from rlhf_jax.data.groups import (
     to_rows,
 )
 from rlhf_jax.data.plan import Layout, row_bucket
+from rlhf_jax.data.texts import Texts
 from rlhf_jax.programs.rewards import Rewards
 from rlhf_jax.rl import shaping
 from rlhf_jax.types import Experience, PromptBatch, Rollout
@@ -104,17 +105,6 @@ class Completions:
     def arrays(self) -> dict[str, np.ndarray]:
         """Everything, for a checkpoint."""
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Texts:
-    """The same completions as text, for rewards and tables."""
-
-    prompts: list[Any]
-    """[M] as text or messages."""
-    completions: list[str]
-    rows: list[dict[str, Any]]
-    """[M] the data rows."""
 
 
 def prompt_batch(prompts: Sequence[EncodedPrompt], *, pad_id: int) -> PromptBatch:
@@ -373,5 +363,5 @@ def forward(
 
 def score(rewards: Rewards, texts: Texts) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """(total rewards [M], each source's)."""
-    result = rewards(texts.prompts, texts.completions, texts.rows)
+    result = rewards.score(texts)
     return result.total, result.columns

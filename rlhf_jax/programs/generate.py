@@ -19,6 +19,7 @@ import numpy as np
 
 from rlhf_jax.data import prepare
 from rlhf_jax.data.prepare import DataConfig
+from rlhf_jax.data.texts import Texts
 from rlhf_jax.evals.best_of_n import best_of_n
 from rlhf_jax.io import report
 from rlhf_jax.io.run_dir import write_atomic
@@ -167,7 +168,7 @@ it a row of another kind."""
 
 
 def _lines(
-    texts: xp.Texts, rollout: Rollout, found: dict[str, np.ndarray], samples: int
+    texts: Texts, rollout: Rollout, found: dict[str, np.ndarray], samples: int
 ) -> Iterator[dict[str, Any]]:
     """One line a completion: the row, the completion and its numbers."""
     for m, completion in enumerate(texts.completions):

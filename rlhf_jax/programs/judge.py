@@ -131,13 +131,7 @@ def _by_reward(config: JudgeConfig, found: curate_rows.Curated) -> np.ndarray:
     rewards = open_rewards(
         [str(config.reward)], scoring=config.scoring, timeout_s=config.timeout_s
     )
-    found.keep([curate_rows.refusal_of(rewards, row) for row in found.rows])
-    prompts = [row["prompt"] for row in found.rows]
-    chosen, rejected = (
-        rewards(prompts, [row[name] for row in found.rows], found.rows).total
-        for name in ("chosen", "rejected")
-    )
-    return outcomes(chosen, rejected)[:, None]
+    return outcomes(*curate_rows.side_rewards(found, rewards))[:, None]
 
 
 def _by_chat(config: JudgeConfig, found: curate_rows.Curated) -> np.ndarray:

@@ -1,7 +1,7 @@
 """Where the rewards of RL come from: functions, reward models, HTTP scorers, weighted.
 
     rewards = open_rewards(["runs/rm", "0.1*mymodule:brevity"], timeout_s=60)
-    result = rewards(prompts, completions, rows)
+    result = rewards(prompts, completions, rows)        rewards.score(Texts(...))
     result.total, result.columns["brevity"]
 
 A source is `[WEIGHT*]SPEC`. SPEC is
@@ -33,8 +33,9 @@ import numpy as np
 from rlhf_jax.data.encode import Encoder
 from rlhf_jax.data.encoded import EncodedCompletion
 from rlhf_jax.data.messages import describe
+from rlhf_jax.data.texts import Texts
 from rlhf_jax.programs.http_scorer import HttpScorer
-from rlhf_jax.programs.reward_functions import open_function, quoted
+from rlhf_jax.programs.reward_functions import RewardFunction, open_function, quoted
 from rlhf_jax.programs.scorer import (
     ENSEMBLE,
     Refusal,
@@ -43,9 +44,10 @@ from rlhf_jax.programs.scorer import (
     open_scorer,
 )
 
-Rows: TypeAlias = Sequence[Mapping[str, Any]]
-ScoreTexts: TypeAlias = Callable[[Sequence[Any], Sequence[str], Rows], np.ndarray]
-"""(prompts, completions, rows) -> rewards [M]."""
+ScoreTexts: TypeAlias = Callable[[Texts], np.ndarray]
+"""-> rewards [M]."""
+Refusals: TypeAlias = Callable[[Texts], Sequence[Refusal | None]]
+"""-> why each text has no reward; None = it has one."""
 Kind: TypeAlias = Literal["function", "http", "model"]
 _FUNCTION = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*")
 
@@ -69,8 +71,7 @@ class Source(NamedTuple):
     kind: Kind
     weight: float
     score: ScoreTexts
-    refusal: Callable[[Any, str, Mapping[str, Any]], Refusal | None]
-    """Why a (prompt, completion, row) has no reward; None = it has one."""
+    refusals: Refusals
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -83,34 +84,38 @@ class Rewards:
         self,
         prompts: Sequence[Any],
         completions: Sequence[str],
-        rows: Rows,
+        rows: Sequence[Mapping[str, Any]],
     ) -> RewardResult:
-        """The rewards of completions, in input order.
+        """The rewards of completions; see `score`.
 
         Args:
             prompts: as the rows hold them, text or messages; one for each completion.
             completions: M texts.
             rows: the data rows, whose columns functions ask for; M of them.
+        """
+        return self.score(Texts(prompts, completions, rows))
+
+    def score(self, texts: Texts) -> RewardResult:
+        """The rewards of texts, in input order.
 
         Raises:
             ValueError: counts differ, or a source fails; names the source.
         """
-        _check_counts(prompts, completions, rows)
-        total = np.zeros(len(completions))
+        _check_counts(texts)
+        total = np.zeros(len(texts.completions))
         columns = {source.name: total.copy() for source in self.sources}
-        for source in self.sources if len(completions) else ():
-            found = np.asarray(source.score(prompts, completions, rows), np.float64)
-            _check_finite(source.spec, found, completions)
+        for source in self.sources if len(total) else ():
+            found = np.asarray(source.score(texts), np.float64)
+            _check_finite(source.spec, found, texts.completions)
             columns[source.name] = found
             total += source.weight * found
         return RewardResult(total, columns)
 
-    def refusal(
-        self, prompt: Any, completion: str, row: Mapping[str, Any]
-    ) -> Refusal | None:
-        """Why some source cannot take this text; a call with it would be an error."""
-        found = (source.refusal(prompt, completion, row) for source in self.sources)
-        return next((refusal for refusal in found if refusal is not None), None)
+    def refusals(self, texts: Texts) -> list[Refusal | None]:
+        """Why the first source that cannot take a text cannot, for each: `score` with
+        it would be an error. None = all take it."""
+        found = zip(*(source.refusals(texts) for source in self.sources), strict=True)
+        return [next(filter(None, each), None) for each in found]
 
     @property
     def models(self) -> list[str]:
@@ -145,17 +150,17 @@ def open_rewards(
     plain = [spec for _, spec in parsed]
     _check_specs(plain)
     kinds: list[Kind] = [kind_of(spec) for spec in plain]
-    opened: dict[str, tuple[ScoreTexts, Any]] = {}
+    opened: dict[str, tuple[ScoreTexts, Refusals]] = {}
     # Models last: a misspelt function is an error before gigabytes are read.
     for spec, kind in sorted(zip(plain, kinds), key=lambda pair: pair[1] == "model"):
         if kind == "function":
-            opened[spec] = open_function(spec, timeout_s), _takes_all
+            opened[spec] = _function(open_function(spec, timeout_s)), _takes_all
         elif kind == "http":
             scorer = HttpScorer(spec, timeout_s, encoder=encoder)
             opened[spec] = _http(scorer), _takes_all
         else:
             scorer = open_scorer(spec, scoring)
-            opened[spec] = _model(spec, scorer, row_length), _refusal_of(scorer)
+            opened[spec] = _model(spec, scorer, row_length), _refusals_of(scorer)
     return Rewards(
         tuple(
             Source(name, spec, kind, weight, *opened[spec])
@@ -218,36 +223,32 @@ def _names(specs: list[str], kinds: list[Kind]) -> list[str]:
     return [n if short.count(n) == 1 else spec for n, spec in zip(short, specs)]
 
 
-def _takes_all(prompt: Any, completion: str, row: Mapping[str, Any]) -> None:
+def _takes_all(texts: Texts) -> list[None]:
     """Functions and HTTP scorers refuse nothing beforehand."""
+    return [None] * len(texts.completions)
 
 
-def _refusal_of(scorer: Scorer) -> Callable[..., Refusal | None]:
-    def refusal(prompt: Any, completion: str, row: Mapping[str, Any]) -> Refusal | None:
-        found = scorer.encode(prompt, completion, tools=row.get("tools") or None)
-        return found if isinstance(found, Refusal) else None
+def _refusals_of(scorer: Scorer) -> Refusals:
+    def refusals(texts: Texts) -> list[Refusal | None]:
+        encoded = scorer.encode_all(texts)
+        return [found if isinstance(found, Refusal) else None for found in encoded]
 
-    return refusal
+    return refusals
+
+
+def _function(function: RewardFunction) -> ScoreTexts:
+    return lambda texts: function(texts.prompts, texts.completions, texts.rows)
 
 
 def _http(scorer: HttpScorer) -> ScoreTexts:
-    def score(
-        prompts: Sequence[Any], completions: Sequence[str], rows: Rows
-    ) -> np.ndarray:
-        tools = [row.get("tools") or None for row in rows]
-        return scorer.rewards(prompts, completions, tools)
-
-    return score
+    return lambda texts: scorer.rewards(texts.prompts, texts.completions, texts.tools)
 
 
 def _model(spec: str, scorer: Scorer, row_length: int | None) -> ScoreTexts:
-    def score(
-        prompts: Sequence[Any], completions: Sequence[str], rows: Rows
-    ) -> np.ndarray:
+    def score(texts: Texts) -> np.ndarray:
         encoded: list[EncodedCompletion] = []
         refused: list[tuple[int, Refusal]] = []
-        for n, (prompt, text, row) in enumerate(zip(prompts, completions, rows)):
-            found = scorer.encode(prompt, text, tools=row.get("tools") or None)
+        for n, found in enumerate(scorer.encode_all(texts)):
             if isinstance(found, Refusal):
                 refused.append((n, found))
             else:
@@ -255,17 +256,17 @@ def _model(spec: str, scorer: Scorer, row_length: int | None) -> ScoreTexts:
         if refused:
             n, first = refused[0]
             raise ValueError(
-                f"reward {spec}: refuses {len(refused)} of {len(completions)} "
-                f"completions; {quoted(n, completions)}: {first.reason}: {first.detail}"
+                f"reward {spec}: refuses {len(refused)} of {len(texts.completions)} "
+                f"completions; {quoted(n, texts.completions)}: {first.reason}: "
+                f"{first.detail}"
             )
         return scorer.rewards(encoded, row_length=row_length)
 
     return score
 
 
-def _check_counts(
-    prompts: Sequence[Any], completions: Sequence[str], rows: Rows
-) -> None:
+def _check_counts(texts: Texts) -> None:
+    prompts, completions, rows = texts.prompts, texts.completions, texts.rows
     if not len(prompts) == len(completions) == len(rows):
         raise ValueError(
             f"rewards: expected as many prompts and rows as completions, got "

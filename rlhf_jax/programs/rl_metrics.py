@@ -4,6 +4,7 @@ from typing import Any
 
 import numpy as np
 
+from rlhf_jax.data.texts import Texts
 from rlhf_jax.programs import experience as xp
 from rlhf_jax.types import Rollout
 
@@ -61,7 +62,7 @@ def repetition(tokens: np.ndarray, mask: np.ndarray, *, n: int = 3) -> float:
 
 
 def sample_rows(
-    texts: xp.Texts,
+    texts: Texts,
     completions: xp.Completions,
     total: np.ndarray,
     columns: dict[str, np.ndarray],

@@ -91,11 +91,13 @@ def score_chunk(
     places: list[int] = []
     jobs: list[Job] = []
     encoded: list[EncodedCompletion] = []
+    read = [job for job in chunk if isinstance(job, Job)]
+    ids = iter(scored_rows.encode_jobs(read, scorer))
     for job in chunk:
         if isinstance(job, dict):
             lines.append((False, job))
             continue
-        texts = scored_rows.encode_job(job, scorer)
+        texts = next(ids)
         if isinstance(texts, Refusal):
             aside = scored_rows.set_aside(
                 job.where, texts.reason, texts.detail, job.row

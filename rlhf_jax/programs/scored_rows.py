@@ -4,8 +4,8 @@
     prompt + chosen + rejected           + chosen_reward, rejected_reward
     prompt + responses                   + rewards, in the order of responses
 
-`job_of` reads a row, `encode_job` turns it into ids or a `Refusal`, `with_rewards`
-gives the row back with its rewards and `schema: 1`. Input columns are never
+`job_of` reads a row, `encode_jobs` turns many into ids or a `Refusal`, `with_rewards`
+gives a row back with its rewards and `schema: 1`. Input columns are never
 overwritten: a row that already has one of these columns is refused.
 """
 
@@ -18,6 +18,7 @@ import numpy as np
 
 from rlhf_jax.data import rows, sources
 from rlhf_jax.data.encoded import EncodedCompletion
+from rlhf_jax.data.texts import Texts
 from rlhf_jax.programs.scorer import Refusal, Scorer
 
 REWARD_COLUMNS = {
@@ -107,13 +108,31 @@ def _conversation_job(
     return Job(row, where, "completion", history, (text,), tools=record.tools)
 
 
-def encode_job(job: Job, scorer: Scorer) -> list[EncodedCompletion] | Refusal:
-    """Ids of every text of the job, or why the row has none: all of it or nothing."""
+def texts_of(jobs: Sequence[Job]) -> Texts:
+    """All texts of the jobs, one after another."""
+    rows = [{**job.row, "tools": job.tools} for job in jobs]
+    return Texts(
+        [job.prompt for job in jobs for _ in job.texts],
+        [text for job in jobs for text in job.texts],
+        [row for row, job in zip(rows, jobs, strict=True) for _ in job.texts],
+    )
+
+
+def encode_jobs(
+    jobs: Sequence[Job], scorer: Scorer
+) -> list[list[EncodedCompletion] | Refusal]:
+    """Ids of every text of each job, or why its row has none: all of it or nothing."""
+    found = iter(scorer.encode_all(texts_of(jobs)))
+    return [_whole([next(found) for _ in job.texts]) for job in jobs]
+
+
+def _whole(
+    texts: Sequence[EncodedCompletion | Refusal],
+) -> list[EncodedCompletion] | Refusal:
     encoded = []
-    for n, text in enumerate(job.texts):
-        found = scorer.encode(job.prompt, text, tools=job.tools)
+    for n, found in enumerate(texts, start=1):
         if isinstance(found, Refusal):
-            which = f"text {n + 1} of {len(job.texts)}: " if len(job.texts) > 1 else ""
+            which = f"text {n} of {len(texts)}: " if len(texts) > 1 else ""
             return Refusal(found.reason, which + found.detail)
         encoded.append(found)
     return encoded

@@ -13,6 +13,8 @@ import numpy as np
 
 from rlhf_jax.curation.seam import scores
 from rlhf_jax.curation.seam.scores import SeamFormula
+from rlhf_jax.data.encoded import EncodedCompletion
+from rlhf_jax.data.texts import Texts
 from rlhf_jax.io.run_dir import write_atomic
 from rlhf_jax.programs import scored_rows
 from rlhf_jax.programs.rewards import Rewards
@@ -42,45 +44,33 @@ def score_part(
     rewards: Rewards,
 ) -> list[Line]:
     """One line a prompt, with gold_reward null where the gold completion is refused."""
-    texts: list[tuple[int, str]] = []
-    encoded, lines = [], []
-    for n, (prompt, made) in enumerate(zip(prompts, completions, strict=True)):
-        line: Line = {
-            "schema": 1,
-            "index": prompt.index,
-            "prompt_id": prompt.prompt_id,
-            "where": prompt.where,
-            "prompt": prompt.prompt,
-            "gold": prompt.gold,
-            "gold_reward": None,
-            "estimator": name,
-            "worse": [],
-            "refused": [],
-        }
-        lines.append(line)
-        if prompt.tools:
-            line["tools"] = prompt.tools
-        for number, each in enumerate([{"text": prompt.gold, "source": "gold"}, *made]):
-            taken = _encode(prompt, each["text"], likelihood, rewards)
-            if number and each["text"].strip() == prompt.gold.strip():
-                taken = Refusal("the gold completion")
-            if isinstance(taken, Refusal):
-                why = ": ".join(part for part in (taken.reason, taken.detail) if part)
+    offered = [
+        [{"text": prompt.gold, "source": "gold"}, *made]
+        for prompt, made in zip(prompts, completions, strict=True)
+    ]
+    texts = _texts(prompts, offered)
+    taken = _take(texts, likelihood, rewards)
+    lines = [_line(name, prompt) for prompt in prompts]
+    encoded, kept, first = [], [], 0
+    for line, some in zip(lines, offered, strict=True):
+        for place, each in enumerate(some, start=first):
+            ids = taken[place]
+            if place > first and each["text"].strip() == line["gold"].strip():
+                ids = Refusal("the gold completion")
+            if isinstance(ids, Refusal):
+                why = ": ".join(part for part in (ids.reason, ids.detail) if part)
                 line["refused"].append({**each, "reason": why})
-                if number == 0:
+                if place == first:
                     break
             else:
-                encoded.append(taken)
-                texts.append((n, each["text"]))
-                line["worse"].append({**each, "num_tokens": len(taken.completion)})
-    if not texts:
+                encoded.append(ids)
+                kept.append(place)
+                line["worse"].append({**each, "num_tokens": len(ids.completion)})
+        first += len(some)
+    if not kept:
         return lines
     logprobs = likelihood.rewards(encoded)
-    found = rewards(
-        [prompts[n].prompt for n, _ in texts],
-        [text for _, text in texts],
-        [_row(prompts[n]) for n, _ in texts],
-    ).total
+    found = rewards.score(texts.take(kept)).total
     numbers = iter(zip(logprobs.tolist(), found.tolist(), strict=True))
     for line in lines:
         for each in line["worse"]:
@@ -95,14 +85,42 @@ def score_part(
     return lines
 
 
-def _encode(prompt: SeamPrompt, text: str, likelihood: Scorer, rewards: Rewards) -> Any:
-    """Token ids of the policy, or why one of the models cannot take the text."""
-    if not text.strip():
-        return Refusal("empty")
-    refused = rewards.refusal(prompt.prompt, text, _row(prompt))
-    if refused is not None:
-        return refused
-    return likelihood.encode(prompt.prompt, text, tools=prompt.tools)
+def _line(name: str, prompt: SeamPrompt) -> Line:
+    """The line of a prompt before anything is scored."""
+    line: Line = {
+        "schema": 1,
+        "index": prompt.index,
+        "prompt_id": prompt.prompt_id,
+        "where": prompt.where,
+        "prompt": prompt.prompt,
+        "gold": prompt.gold,
+        "gold_reward": None,
+        "estimator": name,
+        "worse": [],
+        "refused": [],
+    }
+    return {**line, "tools": prompt.tools} if prompt.tools else line
+
+
+def _texts(prompts: Sequence[SeamPrompt], offered: Worse) -> Texts:
+    """All texts offered for the prompts, one after another."""
+    rows = map(_row, prompts)
+    return Texts(
+        [prompt.prompt for prompt, some in zip(prompts, offered) for _ in some],
+        [each["text"] for some in offered for each in some],
+        [row for row, some in zip(rows, offered, strict=True) for _ in some],
+    )
+
+
+def _take(
+    texts: Texts, likelihood: Scorer, rewards: Rewards
+) -> list[EncodedCompletion | Refusal]:
+    """Token ids of the policy, or why one of the models cannot take a text."""
+    refused, encoded = rewards.refusals(texts), likelihood.encode_all(texts)
+    return [
+        (why or ids) if text.strip() else Refusal("empty")
+        for text, why, ids in zip(texts.completions, refused, encoded, strict=True)
+    ]
 
 
 def _row(prompt: SeamPrompt) -> Line:

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rlhf_jax.data.encode import Encoder
+from rlhf_jax.data.texts import Texts
 from rlhf_jax.evals.ranking import evaluate_ranking
 from rlhf_jax.models.config import LlamaConfig
 from rlhf_jax.models.flops import train_flops
@@ -171,7 +172,7 @@ def _seed(
     return found
 
 
-def _retokenised(encoder: Encoder, texts: xp.Texts, rollout: Rollout) -> float:
+def _retokenised(encoder: Encoder, texts: Texts, rollout: Rollout) -> float:
     """Share of the completions whose text would be other ids: those that the reward
     model of the program would have read otherwise."""
     again = encoder.ids(

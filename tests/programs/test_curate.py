@@ -104,11 +104,12 @@ def known(monkeypatch):
     def likelihood(spec, scoring):
         nats = {"new": -1.0, "old": -1.5}[spec]
         scorer = types.SimpleNamespace(
-            encode=lambda prompt, text, tools=None: (
+            encode_all=lambda texts: [
                 text.split()
                 if len(text.split()) <= (scoring.max_length or 99)
                 else Refusal("longer than max_length", f"{len(text.split())} tokens")
-            ),
+                for text in texts.completions
+            ],
             rewards=lambda encoded: nats * np.array([len(ids) for ids in encoded]),
         )
         return scorer

@@ -345,8 +345,11 @@ def test_a_text_that_gold_cannot_take_is_set_aside(tmp_path, fake, monkeypatch):
                 "m",
                 "model",
                 1.0,
-                lambda p, c, r: np.zeros(len(c)),
-                lambda p, c, r: Refusal("longer", c) if len(c) > 4 else None,
+                lambda texts: np.zeros(len(texts.completions)),
+                lambda texts: [
+                    Refusal("longer", text) if len(text) > 4 else None
+                    for text in texts.completions
+                ],
             ),
         )
     )

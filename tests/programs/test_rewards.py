@@ -13,6 +13,7 @@ import pytest
 
 from rlhf_jax import testbed
 from rlhf_jax.data.encode import Encoder
+from rlhf_jax.data.texts import Texts
 from rlhf_jax.programs import rewards
 from rlhf_jax.programs.rewards import parse_spec
 from rlhf_jax.programs.scorer import Scorer, ScoringConfig
@@ -349,6 +350,21 @@ def test_a_text_that_a_model_refuses_is_an_error_and_never_dropped(fake):
     match = "runs/rm: refuses 1 of 2 completions; completion 1 .*longer than max_length"
     with pytest.raises(ValueError, match=match):
         score("runs/rm", completions=["1", "1 2 3 " * 60])
+
+
+def test_what_is_refused_is_said_of_each_text_and_the_others_are_scored(mine, fake):
+    found = open_rewards(["mine:exact", "runs/rm"])
+    many = ["1 3", "1 2 3 " * 60, "\ud800", "1 2"]
+    texts = Texts([PROMPTS[0]] * 4, many, [ROWS[0]] * 4)
+    refusals = found.refusals(texts)
+    assert [why and why.reason for why in refusals] == [
+        None,
+        "longer than max_length 60",
+        "cannot be encoded",
+        None,
+    ]
+    alone = [found([PROMPTS[0]], [many[n]], ROWS[:1]).total[0] for n in (0, 3)]
+    assert found.score(texts.take([0, 3])).total.tolist() == pytest.approx(alone)
 
 
 def test_a_model_is_loaded_once_with_the_scoring_of_the_run(fake, monkeypatch):

@@ -122,7 +122,7 @@ def test_every_shape_is_encoded_with_the_tools_of_its_row(fake):
     ]
     for row in rows:
         job = scored_rows.job_of(row | {"tools": tools}, "f:1")
-        found = scored_rows.encode_job(job, with_template)
+        [found] = scored_rows.encode_jobs([job], with_template)
         assert found == [encode(prompt, text, tools=tools) for text in job.texts]
         assert found[0] != encode(prompt, "1 3")
 

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from rlhf_jax.curation.seam import scores
-from rlhf_jax.programs import likelihood, seam
+from rlhf_jax.data.encode import Encoder
+from rlhf_jax.programs import likelihood, rewards, seam
 from rlhf_jax.programs.adversary import AttackConfig, open_adversary
 from rlhf_jax.programs.likelihood import open_likelihood, open_pooling
 from rlhf_jax.programs.scorer import ScoringConfig
@@ -214,6 +215,26 @@ def test_every_row_is_scored_or_set_aside_with_its_reason(tmp_path):
 
 def by_length(prompts, completions):
     return [float(len(text)) for text in completions]
+
+
+def test_a_text_is_encoded_once_for_policy_and_reward_model(tmp_path, monkeypatch):
+    encode_all, counts = Encoder.encode_all, []
+
+    def counted(self, prompts, texts, tools):
+        counts.append(len(texts))
+        return encode_all(self, prompts, texts, tools)
+
+    def opened(specs, *, scoring, timeout_s):
+        """The policy for a reward model, opened anew: another Encoder like its own."""
+        monkeypatch.setattr(rewards, "open_scorer", open_likelihood)
+        return rewards.open_rewards(["testbed"], scoring=scoring, timeout_s=timeout_s)
+
+    monkeypatch.setattr(Encoder, "encode_all", counted)
+    monkeypatch.setattr(seam, "open_rewards", opened)
+    lines, _, _ = run(tmp_path)
+    assert counts == [10 * (1 + 4)]
+    for each in (each for line in lines for each in line["worse"]):
+        assert each["reward"] == pytest.approx(each["logprob"], abs=1e-4)
 
 
 def test_texts_with_odd_line_ends_survive_and_pairs_serve_as_data(tmp_path):
