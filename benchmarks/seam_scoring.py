@@ -22,6 +22,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from rlhf_jax.data.texts import Texts
 from rlhf_jax.programs import seam
 from rlhf_jax.programs.likelihood import open_likelihood
 from rlhf_jax.programs.scored_rows import read_jsonl
@@ -59,12 +60,13 @@ def plain_rate(scorers: list[Scorer], batch: Any, calls: int) -> float:
 
 def lengths_of(run_dir: pathlib.Path, policy: Scorer) -> list[int]:
     """Tokens of every text that the run scored."""
-    found = []
-    for line in read_jsonl(run_dir / "seam.jsonl"):
-        for text in (line["gold"], *(each["text"] for each in line["worse"])):
-            encoded: Any = policy.encode(line["prompt"], text)
-            found.append(len(encoded.prompt) + len(encoded.completion))
-    return found
+    found = [
+        (line["prompt"], text, {})
+        for line in read_jsonl(run_dir / "seam.jsonl")
+        for text in (line["gold"], *(each["text"] for each in line["worse"]))
+    ]
+    encoded: list[Any] = policy.encode_all(Texts(*zip(*found, strict=True)))
+    return [len(each.prompt) + len(each.completion) for each in encoded]
 
 
 def main() -> None:
