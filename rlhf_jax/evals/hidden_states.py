@@ -17,6 +17,8 @@ from rlhf_jax.losses import statistics
 
 MAX_COMPLETIONS = 4096
 """Completions of a set whose states are kept: two float32 arrays of this x D."""
+_PAIRS_AT_ONCE = 8192
+"""K completions have K (K - 1) / 2 pairs: all their differences need not fit."""
 _LEAST_WIDTH = 1e-3
 """Of the norms' size: narrower histograms would show the rounding."""
 
@@ -56,20 +58,21 @@ def kept_completions(
 
 
 def state_figures(
-    before: np.ndarray, after: np.ndarray, *, pairs: bool
+    before: np.ndarray, after: np.ndarray, pairs: np.ndarray
 ) -> StateFigures:
     """Flat numbers of the states of one set.
 
     Args:
         before: [M D], states at the scored tokens before the final norm.
         after: [M D], after it.
-        pairs: whether the rows are chosen, rejected, chosen, rejected ...
+        pairs: [Q 2], the rows of each pair's chosen and rejected completion; of K-wise
+            rows the pairs that the gold scores order. See `alternating`.
 
     Returns:
         states_n; state_norm_ with mean, std, skewness, p99 (|h| after the final norm,
         which bounds it) and state_norm_before_ with the same; effective_rank and
-        effective_rank_before (not centred); of pairs also difference_norm_ and
-        difference_norm_before_ (|h_chosen - h_rejected|).
+        effective_rank_before (not centred); where there is a pair also difference_norm_
+        and difference_norm_before_ (|h_chosen - h_rejected|).
 
     Source: Hong et al. 2025, arXiv:2505.07271, analysis of the hidden states.
     """
@@ -79,13 +82,30 @@ def state_figures(
         states = jnp.asarray(array)
         norms.append(statistics.state_norms(states))
         metrics |= _named(f"state_norm{suffix}", norms[-1])
-        if pairs:
-            apart = statistics.difference_norms(states[0::2], states[1::2])
+        if len(pairs):
+            apart = _difference_norms(states, np.asarray(pairs))
             metrics |= _named(f"difference_norm{suffix}", apart)
         metrics[f"effective_rank{suffix}"] = float(_effective_rank(states))
     return StateFigures(
         metrics, before=np.asarray(norms[1]), after=np.asarray(norms[0])
     )
+
+
+def alternating(count: int) -> np.ndarray:
+    """[Q 2], the pairs of rows that are chosen, rejected, chosen, rejected ...
+
+    >>> alternating(4).tolist()
+    [[0, 1], [2, 3]]
+    """
+    return np.arange(count).reshape(-1, 2)
+
+
+def _difference_norms(states: jax.Array, pairs: np.ndarray) -> jax.Array:
+    parts = [
+        statistics.difference_norms(states[part[:, 0]], states[part[:, 1]])
+        for part in np.split(pairs, range(_PAIRS_AT_ONCE, len(pairs), _PAIRS_AT_ONCE))
+    ]
+    return jnp.concatenate(parts)
 
 
 def _named(name: str, values: jax.Array) -> dict[str, float]:

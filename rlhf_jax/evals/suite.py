@@ -117,11 +117,7 @@ def pair_figures(
         "accuracy_low": right.low,
         "accuracy_high": right.high,
         "ties": int(np.sum(difference == 0)),
-        "margin": float(difference.mean()),
-        "margin_std": float(difference.std()),
-        "loss": calibration.negative_log_likelihood(difference),
-        "brier": calibration.brier_score(difference),
-        "ece": calibration.expected_calibration_error(difference, num_bins=num_bins),
+        **_margin_figures(difference, num_bins),
         "chosen_reward_mean": float(chosen.mean()),
         "rejected_reward_mean": float(rejected.mean()),
         "reward_mean": rewards["mean"],
@@ -140,6 +136,16 @@ def pair_figures(
         chosen, rejected, words[0], words[1], prompts, samples=samples, seed=seed
     )
     return PairFigures(result | lengths, interval)
+
+
+def _margin_figures(difference: np.ndarray, num_bins: int) -> dict[str, float]:
+    return {
+        "margin": float(difference.mean()),
+        "margin_std": float(difference.std()),
+        "loss": calibration.negative_log_likelihood(difference),
+        "brier": calibration.brier_score(difference),
+        "ece": calibration.expected_calibration_error(difference, num_bins=num_bins),
+    }
 
 
 def _length_figures(
@@ -182,22 +188,25 @@ def evaluate_kwise(
     rewards: Sequence[np.ndarray],
     rows: Sequence[Any],
     *,
+    num_bins: int = 10,
     samples: int = 2000,
     seed: int = 0,
 ) -> dict[str, float]:
-    """Flat numbers for one split of K-wise rows: ranking and length.
+    """Flat numbers for one split of K-wise rows: ranking, calibration and length.
 
     Args:
         rewards: one array [K] a row, in the order of its responses.
         rows: mappings or objects with responses, each {"text", "score"}.
+        num_bins: bins of the calibration error.
         samples: bootstrap resamples over prompts.
         seed: of the bootstrap.
 
     Returns:
         The figures of `evaluate_ranking`; kendall_tau_of_length (the tau of the number
-        of words: the length baseline); length_matched_n and length_matched_accuracy
-        with _low and _high, over the pairs inside the rows; reward_length_correlation;
-        reward_mean, reward_std.
+        of words: the length baseline); reward_length_correlation; reward_mean, _std,
+        _min, _max; and over the n_pairs pairs inside the rows that gold orders:
+        margin, margin_std, loss, brier and ece, as of `evaluate_pairs`,
+        length_matched_n and length_matched_accuracy with _low and _high.
     """
     responses = [_field(row, "responses") for row in rows]
     gold = [np.array([float(_field(r, "score")) for r in rs]) for rs in responses]
@@ -208,46 +217,50 @@ def evaluate_kwise(
     ]
     by_length = ranking.evaluate_ranking(words, gold, samples=2, seed=seed)
     flat = np.concatenate([np.asarray(r, np.float64) for r in rewards])
-    result |= _length_matched(rewards, gold, words, rows, samples=samples, seed=seed)
+    spread = distribution.reward_statistics(flat)
+    result |= _inner_pairs(
+        rewards, gold, words, rows, num_bins=num_bins, samples=samples, seed=seed
+    )
     figures = {
         "kendall_tau_of_length": by_length.get("kendall_tau", np.nan),
         "reward_length_correlation": length.correlation(flat, np.concatenate(words))[0],
-        "reward_mean": float(flat.mean()),
-        "reward_std": float(flat.std()),
+        **{f"reward_{name}": spread[name] for name in ("mean", "std", "min", "max")},
     }
     return result | {k: float(v) for k, v in figures.items() if np.isfinite(v)}
 
 
-def _length_matched(
+def _inner_pairs(
     rewards: Sequence[np.ndarray],
     gold: Sequence[np.ndarray],
     words: Sequence[np.ndarray],
     rows: Sequence[Any],
     *,
+    num_bins: int,
     samples: int,
     seed: int,
 ) -> dict[str, float]:
-    """Accuracy on the pairs inside the rows whose answers are about equally long."""
+    """Of the pairs inside the rows that gold orders: margins, calibration, and accuracy
+    where the two answers are about equally long."""
     pairs = [
-        (row, better, worse)
+        (row, *pair)
         for row, scores in enumerate(gold)
-        for better in range(len(scores))
-        for worse in range(len(scores))
-        if scores[better] > scores[worse]
+        for pair in ranking.gold_pairs(scores)
     ]
     if not pairs:
         return {"length_matched_n": 0}
 
     def of(values: Sequence[np.ndarray], side: int) -> np.ndarray:
-        return np.array([values[pair[0]][pair[side]] for pair in pairs])
+        return np.array([values[pair[0]][pair[side]] for pair in pairs], np.float64)
 
+    chosen, rejected = of(rewards, 1), of(rewards, 2)
     matched = length.length_matched(of(words, 1), of(words, 2))
-    result: dict[str, float] = {"length_matched_n": int(matched.sum())}
+    result = _margin_figures(chosen - rejected, num_bins)
+    result["length_matched_n"] = int(matched.sum())
     if matched.any():
         inside = [rows[pairs[n][0]] for n in np.flatnonzero(matched)]
         right = accuracy.pair_accuracy(
-            of(rewards, 1)[matched],
-            of(rewards, 2)[matched],
+            chosen[matched],
+            rejected[matched],
             [prompt_key(_field(row, "prompt")) for row in inside],
             samples=samples,
             seed=seed,

@@ -233,6 +233,17 @@ def _kwise_section(
         "mismatch": "mismatch_rate",
         "pairs": "n_pairs",
     }
+    inside = {
+        "margin": "margin",
+        "margin std": "margin_std",
+        "loss (nats)": "loss",
+        "ECE": "ece",
+        "Brier": "brier",
+        "reward mean": "reward_mean",
+        "reward std": "reward_std",
+        "reward min": "reward_min",
+        "reward max": "reward_max",
+    }
     return Section(
         "Ranking of K completions",
         text=[
@@ -240,10 +251,13 @@ def _kwise_section(
             "mean. A prompt whose rewards all tie counts 0; one whose gold scores "
             "all tie has no order and is left out: both are counted. Intervals: "
             "bootstrap over prompts. Mismatch: the share of a prompt's pairs that the "
-            "rewards order otherwise than the gold scores."
+            "rewards order otherwise than the gold scores. Margin, loss, ECE and Brier "
+            "score: of the pairs that the gold scores order."
         ],
         plots=[Plot(png, "Kendall's tau-b with its 95 % interval.")],
-        tables=[Table(("set", *columns), _rows(entries, columns))],
+        tables=[
+            Table(("set", *part), _rows(entries, part)) for part in (columns, inside)
+        ],
     )
 
 

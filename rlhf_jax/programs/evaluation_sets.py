@@ -20,6 +20,7 @@ from rlhf_jax.data.rows import Columns
 from rlhf_jax.evals import contrast_instructions as contrast
 from rlhf_jax.evals import hidden_states
 from rlhf_jax.evals.hidden_states import StateFigures
+from rlhf_jax.evals.ranking import gold_pairs
 from rlhf_jax.evals.rmbench import check_domains, rmbench_item
 from rlhf_jax.io import progress
 from rlhf_jax.programs import scored_rows
@@ -251,10 +252,24 @@ def _with_states(
     """Rewards of all completions, and the figures of the states of a subset."""
     keep = hidden_states.kept_completions([len(job.texts) for job in jobs], seed=seed)
     found = scorer.rewards_and_states(encoded, keep, advance)
-    pairs = jobs[0].kind == "pairs"
     return found.rewards, hidden_states.state_figures(
-        found.before, found.after, pairs=pairs
+        found.before, found.after, _state_pairs(jobs, keep)
     )
+
+
+def _state_pairs(jobs: Sequence[Job], keep: np.ndarray) -> np.ndarray:
+    """[Q 2], (better, worse) among the kept completions, whose rows are kept whole."""
+    if jobs[0].kind == "pairs":
+        return hidden_states.alternating(len(keep))
+    sizes = np.array([len(job.texts) for job in jobs])
+    firsts = np.cumsum(sizes) - sizes
+    rows = zip(jobs, np.isin(firsts, keep), np.searchsorted(keep, firsts), strict=True)
+    pairs = [
+        np.array(gold_pairs(np.array(job.gold)), np.int64).reshape(-1, 2) + place
+        for job, kept, place in rows
+        if kept
+    ]
+    return np.concatenate([np.zeros((0, 2), np.int64), *pairs])
 
 
 def _check_set(

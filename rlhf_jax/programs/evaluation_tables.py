@@ -86,7 +86,8 @@ def _kwise(entries: list[Mapping[str, Any]]) -> Table:
         "K-wise rows",
         "tau-b per prompt, then the mean; rewards that all tie count 0; gold scores "
         "that all tie are left out. Intervals: bootstrap over prompts. mismatch: pairs "
-        "that the rewards order otherwise than gold.",
+        "that the rewards order otherwise than gold; margin, ECE: of the pairs that "
+        "gold orders.",
         [
             "set",
             "prompts",
@@ -94,6 +95,8 @@ def _kwise(entries: list[Mapping[str, Any]]) -> Table:
             "of length",
             "pair acc.",
             "mismatch",
+            "margin",
+            "ECE",
             "tied",
             "gold tied",
         ],
@@ -107,6 +110,8 @@ def _kwise(entries: list[Mapping[str, Any]]) -> Table:
             _share(m.get("kendall_tau_of_length")),
             _share(m.get("accuracy")),
             _share(m.get("mismatch_rate")),
+            _share(m.get("margin")),
+            _share(m.get("ece")),
             number(m["reward_tied"]),
             number(m["gold_tied"]),
         )

@@ -15,7 +15,7 @@ import jax
 from rich.table import Table
 
 from rlhf_jax.algorithms.update import Objective
-from rlhf_jax.evals.hidden_states import state_figures, states_summary
+from rlhf_jax.evals.hidden_states import alternating, state_figures, states_summary
 from rlhf_jax.studies import world as worlds
 from rlhf_jax.studies.quickstart import SCENARIOS
 from rlhf_jax.studies.seeds import by_seed, study_dir
@@ -141,7 +141,9 @@ def _one(
         result[f"accuracy/{name}"] = float(right.mean())
         result[f"reward_std/{name}"] = float(scored.rewards.std())
         result[f"reward_mean/{name}"] = float(scored.rewards.mean())
-        figures[name] = state_figures(scored.before, scored.after, pairs=True)
+        figures[name] = state_figures(
+            scored.before, scored.after, alternating(len(scored.after))
+        )
         for key in STATE_FIGURES:
             result[f"{key}/{name}"] = figures[name].metrics[key]
     del figures["train"]

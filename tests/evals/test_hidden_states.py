@@ -31,7 +31,8 @@ def norm(states):
 
 def test_figures_of_pairs_equal_slow_ones():
     before, after = draw()
-    found = hidden_states.state_figures(before, after, pairs=True)
+    pairs = hidden_states.alternating(30)
+    found = hidden_states.state_figures(before, after, pairs)
     expected = {
         "state_norm_before": norm(before),
         "state_norm": norm(after),
@@ -52,8 +53,20 @@ def test_figures_of_pairs_equal_slow_ones():
     np.testing.assert_allclose(found.after, norm(after), rtol=1e-5)
 
 
-def test_rows_of_k_completions_have_no_difference():
-    found = hidden_states.state_figures(*draw(), pairs=False).metrics
+def test_differences_of_any_pairs_of_rows_are_measured(monkeypatch):
+    monkeypatch.setattr(hidden_states, "_PAIRS_AT_ONCE", 4)
+    before, after = draw()
+    pairs = np.array([(0, 1), (2, 0), (2, 1), (7, 5), (9, 8), (29, 3)])
+    found = hidden_states.state_figures(before, after, pairs).metrics
+    for name, states in (("_before", before), ("", after)):
+        apart = norm(states[pairs[:, 0]] - states[pairs[:, 1]])
+        for figure, value in slow(apart).items():
+            got = found[f"difference_norm{name}_{figure}"]
+            assert got == pytest.approx(value, rel=1e-4, abs=1e-5), (name, figure)
+
+
+def test_without_a_pair_there_is_no_difference():
+    found = hidden_states.state_figures(*draw(), np.zeros((0, 2), int)).metrics
     assert not [name for name in found if name.startswith("difference")]
     assert {"state_norm_p99", "effective_rank", "effective_rank_before"} <= set(found)
 
@@ -73,7 +86,8 @@ def test_whole_rows_are_kept_and_the_draw_is_seeded():
 
 
 def test_the_dispersion_is_the_spread_of_the_sets_mean_norms():
-    made = {name: hidden_states.state_figures(*draw(), pairs=True) for name in "abc"}
+    pairs = hidden_states.alternating(30)
+    made = {name: hidden_states.state_figures(*draw(), pairs) for name in "abc"}
     found = hidden_states.states_summary(made, head_norm=1.25)
     assert found["head_norm"] == 1.25
     for part in ("after", "before"):
@@ -88,7 +102,8 @@ def test_the_dispersion_is_the_spread_of_the_sets_mean_norms():
 
 def test_one_set_has_no_dispersion_and_equal_norms_a_histogram():
     before = np.ones((4, 3), np.float32)
-    made = {"a": hidden_states.state_figures(before, before, pairs=True)}
+    pairs = hidden_states.alternating(4)
+    made = {"a": hidden_states.state_figures(before, before, pairs)}
     found = hidden_states.states_summary(made, head_norm=None)
     assert "norm_dispersion" not in found
     assert sum(found["histograms"]["after"]["counts"]["a"]) == 4

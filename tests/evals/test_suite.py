@@ -111,6 +111,29 @@ def test_kwise_reports_the_length_baseline():
     assert found["kendall_tau_of_length"] == 0.0
 
 
+def test_kwise_calibration_and_margins_are_those_of_the_pairs_gold_orders():
+    rewards = [np.array([3.0, 1.0, -1.0]), np.array([0.5, 2.0])]
+    scores = [(2, 1, 1), (1, 0)]
+    rows = [
+        {"prompt": p, "responses": [{"text": "a", "score": s} for s in of]}
+        for p, of in zip("pq", scores)
+    ]
+    found = suite.evaluate_kwise(rewards, rows, samples=20)
+    # Gold orders 0 above 1 and above 2 in the first row, 0 above 1 in the second.
+    pairs = suite.evaluate_pairs(np.array([3.0, 3.0, 0.5]), np.array([1.0, -1.0, 2.0]))
+    for key in ("margin", "margin_std", "loss", "brier", "ece"):
+        assert found[key] == pytest.approx(pairs[key], rel=1e-12), key
+    assert found["n_pairs"] == 3
+    assert (found["reward_min"], found["reward_max"]) == (-1.0, 3.0)
+
+
+def test_kwise_rows_that_gold_does_not_order_have_rewards_but_no_margin():
+    row = {"prompt": "p", "responses": [{"text": "a", "score": 1}] * 2}
+    found = suite.evaluate_kwise([np.array([0.0, 2.0])], [row], samples=20)
+    assert found["reward_max"] == 2.0
+    assert not {"margin", "loss", "ece"} & set(found)
+
+
 def test_a_row_count_that_differs_is_an_error():
     with pytest.raises(ValueError, match="4 rows for 2 pairs"):
         suite.evaluate_pairs(np.zeros(2), np.zeros(2), ROWS)

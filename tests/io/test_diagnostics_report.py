@@ -14,8 +14,8 @@ def evaluation(sets):
     figures = {}
     for n in range(sets):
         states = rng.normal(size=(8, 4)).astype(np.float32)
-        pairs = n % 2 == 0
-        figures[f"s{n}"] = hidden_states.state_figures(states, states, pairs=pairs)
+        pairs = hidden_states.alternating(8 if n % 2 == 0 else 0)
+        figures[f"s{n}"] = hidden_states.state_figures(states, states, pairs)
     return {
         "sets": [{"name": name, "metrics": f.metrics} for name, f in figures.items()],
         "states": hidden_states.states_summary(figures, head_norm=1.5),

@@ -2,6 +2,7 @@
 them."""
 
 import gzip
+import itertools
 import json
 import math
 import os
@@ -423,7 +424,18 @@ def test_states_of_a_tiny_model_flow_into_every_output(tmp_path, capsys, monkeyp
     rank = np.exp(-(p * np.log(p)).sum())
     assert first["effective_rank"] == pytest.approx(rank, rel=1e-3)
     assert second["states_n"] == 12
-    assert "difference_norm_mean" not in second
+    # Of K-wise rows: over the pairs that the gold scores order, here as the texts come.
+    spread = []
+    for row in quads(3):
+        texts = [response["text"] for response in row["responses"]]
+        halves = [
+            {"prompt": row["prompt"], "chosen": chosen, "rejected": rejected}
+            for chosen, rejected in zip(texts[0::2], texts[1::2], strict=True)
+        ]
+        inside = itertools.combinations(figures_alone(one, halves)[1], 2)
+        spread += [np.linalg.norm(worse - better) for worse, better in inside]
+    assert second["n_pairs"] == len(spread)
+    assert second["difference_norm_mean"] == pytest.approx(np.mean(spread), rel=1e-3)
     means = [first["state_norm_before_mean"], second["state_norm_before_mean"]]
     summary = found["states"]
     assert summary["norm_dispersion_before"] == pytest.approx(np.std(means))
