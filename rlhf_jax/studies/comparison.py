@@ -23,7 +23,9 @@ from rlhf_jax.studies.statistics import interval, paired
 
 STATE_FIGURES = (
     "state_norm_mean",
+    "state_norm_std",
     "state_norm_before_mean",
+    "state_norm_before_std",
     "difference_norm_before_mean",
     "difference_norm_before_skewness",
     "effective_rank",
@@ -187,12 +189,49 @@ def overall_table(
     shown.add_column("objective")
     for name in columns:
         shown.add_column(name, justify="right")
-    for method, results in found.items():
-        cells = []
-        for value in columns.values():
-            values = [value(r) for r in results]
-            before = [value(r) for r in found[base]]
-            against = "" if method == base else f"\n{paired(values, before)}"
-            cells.append(f"{interval(values).plain()}{against}")
+    for method in found:
+        cells = [_cell(found, method, base, value) for value in columns.values()]
         shown.add_row(method, *cells)
     return shown
+
+
+def split_table(
+    found: Mapping[str, Sequence[Mapping[str, float]]],
+    columns: Mapping[str, Callable[[str, Mapping[str, float]], float]],
+    title: str,
+    *,
+    methods: Sequence[str],
+) -> Table:
+    """One row a split and method, the splits being /train and the scenarios; cells as
+    in `overall_table`, whose base is the first method.
+
+    Args:
+        found: by method, see `compare`.
+        columns: (split, a seed's results) -> number.
+        title: of the table.
+        methods: those shown.
+    """
+    shown = Table(title=title, show_lines=True)
+    shown.add_column("split")
+    shown.add_column("objective")
+    for name in columns:
+        shown.add_column(name, justify="right")
+    for split in ("train", *SCENARIOS):
+        values = [functools.partial(value, split) for value in columns.values()]
+        for method in methods:
+            cells = [_cell(found, method, methods[0], value) for value in values]
+            shown.add_row(split, method, *cells)
+    return shown
+
+
+def _cell(
+    found: Mapping[str, Sequence[Mapping[str, float]]],
+    method: str,
+    base: str,
+    value: Callable[[Mapping[str, float]], float],
+) -> str:
+    """Mean over seeds, and below it the paired difference from another base."""
+    values = [value(r) for r in found[method]]
+    before = [value(r) for r in found[base]]
+    against = "" if method == base else f"\n{paired(values, before)}"
+    return f"{interval(values).plain()}{against}"

@@ -11,11 +11,12 @@ Source: Hong et al. 2025, arXiv:2505.07271, table 5, and its ablations.
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from rich.console import Console
+from rich.table import Table
 
 from rlhf_jax.algorithms.reward_model import reward_objective
 from rlhf_jax.losses import preference, regularizers
@@ -25,6 +26,7 @@ from rlhf_jax.studies.comparison import (
     Method,
     compare,
     overall_table,
+    split_table,
     table,
 )
 from rlhf_jax.studies.quickstart import SCENARIOS
@@ -74,7 +76,35 @@ def run(config: ScenariosConfig) -> dict[str, Any]:
     console.print(table(found, "tau", "Kendall's tau on quads"))
     console.print(table(found, "reward_std", "standard deviation of the rewards"))
     console.print(overall_table(found, STATES, "hidden states, by scenario"))
+    console.print(states_by_split(found))
     return found
+
+
+def states_by_split(found: Mapping[str, Sequence[Mapping[str, float]]]) -> Table:
+    """Spread of |h| and effective rank of each split beside accuracy, BT and BSR."""
+    title = "hidden states and accuracy by split (train: against the labels it has)"
+    return split_table(found, BY_SPLIT, title, methods=("BT", "BSR"))
+
+
+def _of(key: str, split: str, result: Mapping[str, float]) -> float:
+    return result[f"{key}/{split}"]
+
+
+def _spread(split: str, result: Mapping[str, float]) -> float:
+    return _of("state_norm_before_std", split, result) / _of(
+        "state_norm_before_mean", split, result
+    )
+
+
+BY_SPLIT: dict[str, Callable[[str, Mapping[str, float]], float]] = {
+    "accuracy": functools.partial(_of, "accuracy"),
+    "std of |h|": functools.partial(_of, "state_norm_std"),
+    "before the norm": functools.partial(_of, "state_norm_before_std"),
+    "that / mean |h|": _spread,
+    "effective rank": functools.partial(_of, "effective_rank"),
+    "rank before the norm": functools.partial(_of, "effective_rank_before"),
+}
+"""Figures of a split: the dispersion of its norms and the rank of its states."""
 
 
 def _mean_over(key: str, result: Mapping[str, float]) -> float:

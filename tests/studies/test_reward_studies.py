@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from rlhf_jax.curation.strength import strength
-from rlhf_jax.studies import denoise, scenarios
+from rlhf_jax.studies import comparison, denoise, scenarios
 from rlhf_jax.studies.stages import summarise
 
 SMALL = {"seeds": 2, "steps": 2, "sft_steps": 2, "eval_rows": 16, "pairs": 64}
@@ -32,6 +32,27 @@ def test_scenarios_compare_all_objectives_on_the_same_pairs(tmp_path):
     assert all(len(results) == 2 for results in found.values())
     again = json.loads((tmp_path / "study.json").read_text())
     assert again["BT"] == found["BT"]
+
+
+def test_the_states_of_a_split_stand_beside_its_accuracy():
+    def result(seed, bsr):
+        keys = ("accuracy", *comparison.STATE_FIGURES)
+        splits = ("train", *comparison.SCENARIOS)
+        found = {f"{k}/{s}": 2.0 + seed - bsr for k in keys for s in splits}
+        return found | {"state_norm_before_mean/train": 8.0}
+
+    found = {
+        name: [result(seed, bsr) for seed in range(3)]
+        for name, bsr in (("BT", 0.0), ("BSR", 0.5), ("hinge", 1.0))
+    }
+    table = scenarios.states_by_split(found)
+    columns = {str(c.header): list(c.cells) for c in table.columns}
+    splits = 1 + len(comparison.SCENARIOS)
+    assert columns["objective"] == ["BT", "BSR"] * splits
+    assert columns["split"][::2] == ["train", *comparison.SCENARIOS]
+    assert columns["std of |h|"][0] == "3.000 ± 2.484"
+    assert columns["effective rank"][1].endswith("\n-0.500 ± 0.000")
+    assert columns["that / mean |h|"][0].startswith("0.375")
 
 
 def test_the_rules_count_what_they_keep_and_what_stays_wrong():
