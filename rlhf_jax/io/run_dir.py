@@ -103,8 +103,15 @@ def open_run(
     return OpenRun(path, resumed, tuple(changed), lock)
 
 
-def is_finished(run_dir: str | pathlib.Path, config: Any) -> bool:
+def is_finished(
+    run_dir: str | pathlib.Path, config: Any, *, may_change: Sequence[str] = ()
+) -> bool:
     """Whether the run of this config is there and done.
+
+    Args:
+        run_dir: where it would be.
+        config: of the run.
+        may_change: see `open_run`.
 
     Raises:
         ValueError: a finished run of another config is there.
@@ -112,7 +119,7 @@ def is_finished(run_dir: str | pathlib.Path, config: Any) -> bool:
     path = pathlib.Path(run_dir).expanduser()
     if not (path / FINISHED).exists():
         return False
-    _accept(path / "config.yaml", config, True, ())
+    _accept(path / "config.yaml", config, True, may_change)
     return True
 
 

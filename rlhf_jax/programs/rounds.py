@@ -9,6 +9,7 @@ from rlhf_jax import config as configs
 from rlhf_jax.io import progress
 from rlhf_jax.io.run_dir import is_finished
 from rlhf_jax.programs import ppo, rloo
+from rlhf_jax.programs.runs import MAY_CHANGE
 
 RlProgram: TypeAlias = Literal["rloo", "ppo"]
 RL: dict[str, Any] = {
@@ -56,7 +57,7 @@ def rl_part(
 
 def run_part(title: str, program: Callable[[Any], Any], config: Any) -> None:
     """Runs a part of a round, unless it is done."""
-    if not is_finished(config.run_dir, config):
+    if not is_finished(config.run_dir, config, may_change=MAY_CHANGE):
         progress.say(title)
         program(config)
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from rlhf_jax.io.run_dir import is_finished, open_run, write_atomic
+from rlhf_jax.programs.runs import MAY_CHANGE
 
 
 @contextlib.contextmanager
@@ -55,7 +56,8 @@ def once(program: Callable[[Any], pathlib.Path], config: Any) -> pathlib.Path:
         ValueError: its directory holds a run of another config.
     """
     path = pathlib.Path(config.run_dir)
-    return path if is_finished(path, config) else program(config)
+    done = is_finished(path, config, may_change=MAY_CHANGE)
+    return path if done else program(config)
 
 
 def read(run_dir: pathlib.Path) -> list[dict[str, Any]]:

@@ -46,6 +46,16 @@ def test_a_run_that_never_took_a_step_takes_another_config(tmp_path):
     assert opened(tmp_path, steps=4).resumed
 
 
+def test_a_finished_run_stays_so_under_another_value_of_what_may_change(tmp_path):
+    found = opened(tmp_path)
+    take_a_step(tmp_path)
+    run_dir.mark_finished(found.path)
+    other = Settings(str(tmp_path), steps=4)
+    with pytest.raises(ValueError, match="steps: "):
+        run_dir.is_finished(tmp_path, other)
+    assert run_dir.is_finished(tmp_path, other, may_change=("steps",))
+
+
 def test_moved_directory_is_still_the_same_run(tmp_path):
     opened(tmp_path / "a")
     take_a_step(tmp_path / "a")
