@@ -72,6 +72,19 @@ PAIR_COLUMNS = ("margin", "soft_label", "gap_bound")
 
 
 @struct.dataclass
+class PairStates:
+    """What a reward model makes of pairs, [chosen, rejected]."""
+
+    rewards: Float[Array, "Q 2"]
+    before: Float[Array, "Q 2 D"]
+    """States at the scored tokens, before the final norm."""
+    after: Float[Array, "Q 2 D"]
+    """After it: what the head reads."""
+    weight: Float[Array, "Q"]
+    """Of the pair; 0 marks a filler pair."""
+
+
+@struct.dataclass
 class GroupBatch:
     """Prompts with up to K completions each, laid out like the pairs of a
     PreferenceBatch."""

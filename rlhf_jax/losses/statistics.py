@@ -166,6 +166,8 @@ def state_statistics(
     chosen_states: Float[Array, "Q D"],
     rejected_states: Float[Array, "Q D"],
     mask: Bool[Array, "Q"] | None = None,
+    *,
+    suffix: str = "",
 ) -> dict[str, Float[Array, ""]]:
     """Flat metrics of a batch of pairs: norms of the states and of their differences.
 
@@ -173,6 +175,7 @@ def state_statistics(
         chosen_states: [Q D], h at the last token of the chosen completions.
         rejected_states: [Q D].
         mask: [Q], True = a pair that counts; None = all do.
+        suffix: of the norms' names, such as _before.
 
     Returns:
         state_norm_ and difference_norm_ with mean, std, skewness and p99: the first
@@ -188,7 +191,7 @@ def state_statistics(
         "difference_norm": distribution(apart, mask),
     }
     return {
-        f"{name}_{figure}": value
+        f"{name}{suffix}_{figure}": value
         for name, found in parts.items()
         for figure, value in found._asdict().items()
     }

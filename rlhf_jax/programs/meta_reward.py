@@ -16,14 +16,12 @@ from typing import Any, Literal
 import jax
 from jax.sharding import Mesh
 
-from rlhf_jax.algorithms.diagnostics import diagnosed_objective
 from rlhf_jax.algorithms.meta_reward import meta_objective, spread_objective
 from rlhf_jax.algorithms.optimizer import OptimizerConfig
 from rlhf_jax.algorithms.reward_model import (
     over_micro_batches,
     reward_apply,
     reward_objective,
-    reward_states_apply,
 )
 from rlhf_jax.algorithms.update import Objective
 from rlhf_jax.data import prepare
@@ -98,6 +96,8 @@ class MetaRewardConfig:
     """Optimizer steps."""
     seed: int = 0
     """Seed of the head, the data order and dropout."""
+    states: bool = True
+    """Statistics of the evaluation sets' hidden states, as in the reward program."""
     train_only: Literal["all", "head"] = "all"
     """Leaves that both levels move, as in the reward program."""
     rows: DataConfig = DataConfig()
@@ -178,9 +178,10 @@ def run(config: MetaRewardConfig) -> pathlib.Path:
             make_objective=objective,
             headline="accuracy",
             coupled=functools.partial(objective, stacked=True),
-            evaluated=diagnosed_objective(
-                reward_states_apply(model, deterministic=True),
-                **objectives.parts_of_evaluation(config.loss, config.regularizers),
+            **training.pair_evaluation(
+                model,
+                objectives.parts_of_evaluation(config.loss, config.regularizers),
+                states=config.states,
             ),
             also_read=shifted,
             batches=lambda start: meta_batches(

@@ -27,7 +27,6 @@ from rlhf_jax.algorithms.reward_model import (
     over_micro_batches,
     ranking_objective,
     reward_apply,
-    reward_objective,
     reward_states_apply,
 )
 from rlhf_jax.algorithms.update import Objective
@@ -78,6 +77,9 @@ class RewardConfig:
     """Seed of the head, the data order and dropout."""
     head_seed: int | None = None
     """Seed of a fresh head (and of random weights); null = seed."""
+    states: bool = True
+    """Statistics of the rewards and hidden states of each evaluation set, as evaluate
+    --states gives them. Holds two [N, D] of a set, N at most 4096 completions."""
     train_only: Literal["all", "head"] = "all"
     """Leaves that are trained: all, or head (a linear probe). With lora.rank > 0 it is
     the adapters and the head."""
@@ -179,7 +181,7 @@ def run(config: RewardConfig) -> pathlib.Path:
             setting = _with_prototypes(config, setting)
         devices = batch_devices(setting.mesh)
         make_objective = custom or _make_objective(config, devices)
-        apply = reward_states_apply if config.contrasts else reward_apply
+        apply = reward_apply if custom or config.ranks else reward_states_apply
 
         def objective(deterministic: bool, stacked: bool = False) -> Objective:
             applied = apply(setting.model, deterministic=deterministic)
@@ -195,7 +197,7 @@ def run(config: RewardConfig) -> pathlib.Path:
             coupled=functools.partial(objective, stacked=True)
             if config.couples
             else None,
-            evaluated=_evaluated(config, setting.model),
+            **_evaluated(config, setting.model),
         )
     return setting.run_dir
 
@@ -211,17 +213,17 @@ def _with_prototypes(
     return dataclasses.replace(setting, params=params)
 
 
-def _evaluated(config: RewardConfig, model: Any) -> Objective | None:
-    """What evaluation sets are judged by; None = the user's own objective."""
+def _evaluated(config: RewardConfig, model: Any) -> dict[str, Any]:
+    """What evaluation sets are judged by, for `training.train`: nothing = the user's
+    own objective."""
     if config.objective is not None:
-        return None
-    apply = reward_states_apply(model, deterministic=True)
+        return {}
     terms = (
         {}
         if config.ranks
         else objectives.parts_of_evaluation(config.loss, config.regularizers)
     )
-    return diagnosed_objective(apply, **terms)
+    return training.pair_evaluation(model, terms, states=config.states)
 
 
 def _terms(config: RewardConfig, devices: int) -> dict[str, Any]:
@@ -241,7 +243,7 @@ def _make_objective(
         return ranking_objective
     terms = _terms(config, devices)
     if not config.contrasts:
-        return functools.partial(reward_objective, **terms)
+        return functools.partial(diagnosed_objective, **terms)
     return functools.partial(
         contrastive_objective,
         contrast=make_contrast(config.contrastive),

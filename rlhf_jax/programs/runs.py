@@ -26,6 +26,7 @@ MAY_CHANGE = (
     "loop.save_every",
     "loop.keep",
     "loop.wandb_project",
+    "states",
     "shaping.timeout_s",
     "scoring.max_length",
     "scoring.tokens_per_batch",

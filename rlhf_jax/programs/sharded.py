@@ -16,7 +16,6 @@ from rlhf_jax.algorithms.update import (
     Objective,
     Update,
     init_state,
-    make_evaluate,
     make_update,
 )
 from rlhf_jax.models.parameters import check_divisible, param_specs
@@ -78,9 +77,11 @@ def compile_update(
     )
 
 
-def compile_evaluate(objective: Objective, state: TrainState) -> Callable[..., Any]:
-    """The jitted evaluation (state, batch) -> dict of Mean, replicated."""
-    return jax.jit(make_evaluate(objective), out_shardings=state.step.sharding)
+def compile_evaluate(
+    evaluate: Callable[[TrainState, Any], Any], state: TrainState
+) -> Callable[[TrainState, Any], Any]:
+    """The jitted evaluation (state, batch) -> what it found, replicated."""
+    return jax.jit(evaluate, out_shardings=state.step.sharding)
 
 
 def make_put(

@@ -22,10 +22,10 @@ import numpy as np
 from rlhf_jax.io import checkpoint, progress
 from rlhf_jax.io.metrics import Write
 from rlhf_jax.programs.watch import WINDOW, watch_supervised
-from rlhf_jax.types import Mean, Sequences, TrainState
+from rlhf_jax.types import Sequences, TrainState
 
 Batch = Any
-Evaluate = Callable[[TrainState, Batch], dict[str, Mean]]
+Evaluate = Callable[[TrainState], dict[str, float]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,9 +92,7 @@ def supervise(
     update: Callable[[TrainState, Batch, jax.Array], tuple[TrainState, dict[str, Any]]],
     evaluate: Evaluate,
     batches: Callable[[int], Iterator[tuple[Batch, int]]],
-    eval_sets: dict[str, list[Batch]],
     put: Callable[[Batch], Batch],
-    put_eval: Callable[[Batch], Batch],
     steps: int,
     best: str | None,
     key: jax.Array,
@@ -111,11 +109,9 @@ def supervise(
         run_dir: gets checkpoints and best.json.
         state: the initial state; a checkpoint replaces its values.
         update: jitted; donates the state.
-        evaluate: jitted (state, batch) -> dict of Mean.
+        evaluate: state -> eval/NAME/METRIC of every evaluation set, see `held_out`.
         batches: start row -> iterator of (host batch, next row).
-        eval_sets: named lists of host batches.
-        put: host batch -> device batch, in training.
-        put_eval: the same in evaluation, where there are no micro-batches.
+        put: host batch -> device batch.
         steps: optimizer steps of the whole run.
         best: metric that names the best checkpoint; None = no evaluation.
         key: randomness of the run; the update folds the step into it.
@@ -155,9 +151,9 @@ def supervise(
             report.push(step, metrics, sum(map(_tokens, rows)), sum(map(flops, rows)))
             cursor.next_row = next_row
             stop = stopping() is not None
-            if best and eval_sets and (step % eval_every == 0 or step == steps):
+            if best and (step % eval_every == 0 or step == steps):
                 report.flush()
-                values = run_evaluation(evaluate, state, eval_sets, put_eval)
+                values = evaluate(state)
                 _judge(cursor, step, best, values)
                 report.evaluation(step, values)
                 stop = stop or bool(
@@ -177,24 +173,6 @@ def supervise(
         if (number := stopping()) is not None:
             raise Interrupted(128 + number)
     return state
-
-
-def run_evaluation(
-    evaluate: Evaluate,
-    state: TrainState,
-    eval_sets: dict[str, list[Batch]],
-    put: Callable[[Batch], Batch],
-) -> dict[str, float]:
-    """eval/NAME/METRIC of every named set: means over all its batches, divided once."""
-    values: dict[str, float] = {}
-    for name, batches in eval_sets.items():
-        total: dict[str, Mean] | None = None
-        for batch in batches:
-            means = jax.device_get(evaluate(state, put(batch)))
-            total = means if total is None else {k: total[k] + means[k] for k in means}
-        for metric, mean in (total or {}).items():
-            values[f"eval/{name}/{metric}"] = float(mean.value())
-    return values
 
 
 def minimised(metric: str) -> bool:

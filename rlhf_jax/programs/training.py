@@ -6,6 +6,7 @@ hands everything to `supervise`.
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import math
 import pathlib
@@ -18,8 +19,14 @@ import optax
 from jax.sharding import Mesh
 
 from rlhf_jax import config as configs
+from rlhf_jax.algorithms.diagnostics import DiagnosedEvaluate, make_diagnosed_evaluate
 from rlhf_jax.algorithms.optimizer import make_optimizer, make_schedule
-from rlhf_jax.algorithms.update import Objective, Update
+from rlhf_jax.algorithms.reward_model import (
+    reward_apply,
+    reward_objective,
+    reward_states_apply,
+)
+from rlhf_jax.algorithms.update import Objective, Update, make_evaluate
 from rlhf_jax.data.encode import Encoder
 from rlhf_jax.data.iterate import Batches
 from rlhf_jax.data.prepare import PrepareReport, make_encoder
@@ -27,9 +34,9 @@ from rlhf_jax.io import progress
 from rlhf_jax.io.metrics import metrics_writer
 from rlhf_jax.models import lora
 from rlhf_jax.models.flops import train_flops
-from rlhf_jax.programs import runs, sharded
+from rlhf_jax.programs import held_out, runs, sharded
 from rlhf_jax.programs.runs import Data
-from rlhf_jax.programs.supervised import supervise
+from rlhf_jax.programs.supervised import Evaluate, supervise
 from rlhf_jax.sharding import batch_devices
 from rlhf_jax.types import Sequences, TrainState
 
@@ -131,6 +138,7 @@ def train(
     headline: str,
     coupled: Callable[[bool], Objective] | None = None,
     evaluated: Objective | None = None,
+    diagnosed: DiagnosedEvaluate | None = None,
     batches: Callable[[int], Any] | None = None,
     also_read: Any = None,
     reference: Any = None,
@@ -147,6 +155,7 @@ def train(
         coupled: deterministic -> objective over stacked micro-batches, in place of
             accumulating: for objectives that couple the examples of a batch.
         evaluated: objective of the evaluation sets; None = `make_objective(True)`.
+        diagnosed: evaluates them in its place, with rewards and hidden states.
         batches: start row -> iterator of (host batch, next row); None = `stream` of the
             training rows.
         also_read: another dataset that `batches` takes from.
@@ -168,7 +177,9 @@ def train(
     read = frozen if reference is None else frozen | {REFERENCE: reference}
     state = sharded.create_state(trained, tx, mesh, frozen=read)
     update = _compile_update(config, tx, state, make_objective, coupled)
-    evaluate = sharded.compile_evaluate(evaluated or make_objective(True), state)
+    evaluate = _evaluation(
+        config, setting, state, evaluated or make_objective(True), diagnosed
+    )
     runs.save_architecture(
         run_dir, config, kind, model, setting.tokenizer, complete=not frozen
     )
@@ -178,9 +189,6 @@ def train(
         f"{len(data.train):,} rows, {steps:,} steps of {config.batch_size}, "
         f"{count(trained):,} of {count(setting.params):,} parameters trained, "
         f"{mesh.size} device(s)"
-    )
-    put, put_eval = (
-        sharded.make_put(mesh, accum_steps=micro) for micro in (config.accum_steps, 1)
     )
     with metrics_writer(
         run_dir,
@@ -196,12 +204,7 @@ def train(
             evaluate=evaluate,
             batches=batches
             or (lambda start: stream(config, data.train, mesh, start_row=start)),
-            eval_sets={
-                name: eval_batches(config, dataset, mesh)
-                for name, dataset in data.evals.items()
-            },
-            put=put,
-            put_eval=put_eval,
+            put=sharded.make_put(mesh, accum_steps=config.accum_steps),
             steps=steps,
             best=best,
             key=jax.random.key(config.seed),
@@ -227,6 +230,47 @@ def _compile_update(
         return sharded.compile_update(coupled(deterministic), tx, state)
     return sharded.compile_update(
         make_objective(deterministic), tx, state, accum_steps=config.accum_steps
+    )
+
+
+def pair_evaluation(
+    model: Any, terms: dict[str, Any], *, states: bool
+) -> dict[str, Any]:
+    """How `train` evaluates the pairs of a reward model, its keyword arguments.
+
+    Args:
+        model: a RewardModel.
+        terms: loss and regularizers, see `objectives.parts_of_evaluation`.
+        states: with the figures of rewards and hidden states, see `held_out`.
+    """
+    if states:
+        apply = reward_states_apply(model, deterministic=True)
+        return {"diagnosed": make_diagnosed_evaluate(apply, **terms)}
+    apply = reward_apply(model, deterministic=True)
+    return {"evaluated": reward_objective(apply, **terms)}
+
+
+def _evaluation(
+    config: Any,
+    setting: Setting,
+    state: TrainState,
+    objective: Objective,
+    diagnosed: DiagnosedEvaluate | None,
+) -> Evaluate:
+    """state -> eval/NAME/METRIC of every set; for `diagnosed` see `train`."""
+    mesh, evals = setting.mesh, setting.data.evals
+    common = {
+        "eval_sets": {n: eval_batches(config, d, mesh) for n, d in evals.items()},
+        "put": sharded.make_put(mesh),
+    }
+    if diagnosed is None:
+        evaluate = sharded.compile_evaluate(make_evaluate(objective), state)
+        return functools.partial(held_out.mean_figures, evaluate=evaluate, **common)
+    return functools.partial(
+        held_out.pair_figures,
+        evaluate=sharded.compile_evaluate(diagnosed, state),
+        sizes={name: len(dataset) for name, dataset in evals.items()},
+        **common,
     )
 
 

@@ -1,15 +1,20 @@
-"""The evaluation objective with state statistics, against NumPy."""
+"""Figures of a batch's rewards and states, against NumPy; and the arrays themselves."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
-from rlhf_jax.algorithms.diagnostics import diagnosed_objective
+from rlhf_jax.algorithms.diagnostics import (
+    diagnosed_objective,
+    make_diagnosed_evaluate,
+)
 from rlhf_jax.algorithms.reward_model import (
     reward_apply,
     reward_objective,
     reward_states_apply,
 )
+from rlhf_jax.algorithms.update import init_state
 from rlhf_jax.testing import preference_batch, random_pairs, tiny_reward_model
 
 KEY = jax.random.key(0)
@@ -40,24 +45,47 @@ def test_it_is_the_reward_objective_with_statistics_of_rewards_and_states():
     loss, plain, found, (rewards, before, after), params = measured([1.0] * 4)
     np.testing.assert_allclose(loss.value(), plain.value(), rtol=1e-6)
     flat = np.concatenate(rewards)
-    np.testing.assert_allclose(found["reward/mean"], flat.mean(), rtol=1e-4, atol=1e-6)
-    np.testing.assert_allclose(found["reward/std"], flat.std(), rtol=1e-4)
-    for name, states in (("states_before", before), ("states", after)):
+    expected = (flat.mean(), flat.std(), flat.min(), flat.max())
+    got = [found[f"batch/reward_{name}"] for name in ("mean", "std", "min", "max")]
+    np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-6)
+    for name, states in (("norm_before", before), ("norm", after)):
         norms = np.linalg.norm(np.concatenate(states), axis=1)
         apart = np.linalg.norm(states[0] - states[1], axis=1)
-        got = found[f"{name}/state_norm_mean"], found[f"{name}/difference_norm_std"]
+        got = [
+            found[f"batch/{kind}_{name}_{figure}"]
+            for kind, figure in (("state", "mean"), ("difference", "std"))
+        ]
         np.testing.assert_allclose(got, (norms.mean(), apart.std()), rtol=1e-3)
     kernel = np.asarray(params["head"]["kernel"], np.float64)
-    np.testing.assert_allclose(
-        found["states/head_norm"], np.linalg.norm(kernel), rtol=1e-5
-    )
+    np.testing.assert_allclose(found["head_norm"], np.linalg.norm(kernel), rtol=1e-5)
 
 
 def test_filler_pairs_are_not_measured():
     assert len(random_pairs()) == 4
     *_, found, (rewards, _, after), _ = measured([1.0, 1.0, 0.0, 1.0])
-    np.testing.assert_allclose(
-        found["reward/std"], np.concatenate(rewards).std(), rtol=1e-4
-    )
+    flat = np.concatenate(rewards)
+    got = found["batch/reward_std"], found["batch/reward_max"]
+    np.testing.assert_allclose(got, (flat.std(), flat.max()), rtol=1e-4)
     norms = np.linalg.norm(np.concatenate(after), axis=1)
-    np.testing.assert_allclose(found["states/state_norm_mean"], norms.mean(), rtol=1e-4)
+    np.testing.assert_allclose(found["batch/state_norm_mean"], norms.mean(), rtol=1e-4)
+
+
+def test_an_evaluation_gives_rewards_and_states_pair_by_pair():
+    weight = [1.0, 1.0, 0.0, 1.0]
+    loss, _, found, measured_values, params = measured(weight)
+    model, _ = tiny_reward_model()
+    batch = preference_batch("shared", weight=np.array(weight, np.float32))
+    evaluate = make_diagnosed_evaluate(reward_states_apply(model, deterministic=True))
+    means, pairs = evaluate(
+        init_state(params, optax.sgd(1.0)), jax.tree.map(jnp.asarray, batch)
+    )
+    np.testing.assert_allclose(means["loss"].value(), loss.value(), rtol=1e-6)
+    for name in ("accuracy", "margin", "head_norm"):
+        np.testing.assert_allclose(means[name].value(), found[name], rtol=1e-5)
+    real = np.flatnonzero(np.asarray(pairs.weight))
+    assert real.tolist() == [0, 1, 3]
+    given = (pairs.rewards, pairs.before, pairs.after)
+    for values, sides in zip(given, measured_values, strict=True):
+        np.testing.assert_allclose(
+            np.asarray(values)[real], np.stack(sides, axis=1), rtol=1e-5, atol=1e-6
+        )

@@ -10,6 +10,8 @@ import time
 import pytest
 
 from rlhf_jax.__main__ import main
+from rlhf_jax.programs import evaluate
+from rlhf_jax.programs.evaluate import EvaluateConfig
 
 STEPS = 8
 
@@ -74,6 +76,29 @@ def test_killed_run_resumes_bit_for_bit(finished, tmp_path):
         for d in (run_dir, finished)
     ]
     assert evaluations[0] == evaluations[1]
+
+
+@pytest.mark.slow
+def test_evaluate_finds_the_figures_of_the_runs_own_evaluation(finished, tmp_path):
+    config = EvaluateConfig(
+        model=str(finished),
+        out=str(tmp_path),
+        eval_data=["id=testbed:val_id?size=16"],
+        states=True,
+        bootstrap_samples=10,
+    )
+    after = evaluate.run(config)
+    entry = after["sets"][0]["metrics"] | {"head_norm": after["states"]["head_norm"]}
+    best = json.loads((finished / "best.json").read_text())["step"]
+    lines = (finished / "metrics.jsonl").read_text().splitlines()
+    rows = [row for row in map(json.loads, lines) if "eval/id/loss" in row]
+    (row,) = (row for row in rows if row["step"] == best)
+    during = {k.removeprefix("eval/id/"): v for k, v in row.items()}
+    shared = set(during) & set(entry)
+    assert len([key for key in shared if "norm" in key or "rank" in key]) == 19
+    assert {"reward_mean", "reward_std", "reward_min", "reward_max"} <= shared
+    for key in shared:
+        assert during[key] == pytest.approx(entry[key], rel=1e-3, abs=1e-3), key
 
 
 def test_run_directory_holds_what_a_user_expects(finished):

@@ -1,5 +1,6 @@
 """The loop on a toy objective: exact resume, best checkpoint, patience, signals."""
 
+import functools
 import json
 import os
 import signal
@@ -14,6 +15,7 @@ from rlhf_jax.algorithms.update import init_state, make_evaluate, make_update
 from rlhf_jax.io import checkpoint
 from rlhf_jax.io.checkpoint import load_params, read_best
 from rlhf_jax.losses.masked import masked_mean
+from rlhf_jax.programs.held_out import mean_figures
 from rlhf_jax.programs.supervised import Interrupted, LoopConfig, supervise
 from rlhf_jax.types import Sequences
 
@@ -48,6 +50,15 @@ def stream(start):
         yield batch_at(row), row
 
 
+def evaluation(eval_sets):
+    return functools.partial(
+        mean_figures,
+        evaluate=jax.jit(make_evaluate(objective)),
+        eval_sets=eval_sets,
+        put=lambda batch: batch,
+    )
+
+
 def run(
     tmp_path,
     *,
@@ -65,13 +76,9 @@ def run(
         run_dir=tmp_path,
         state=init_state({"w": jnp.zeros(())}, tx),
         update=jax.jit(make_update(objective, tx)),
-        evaluate=jax.jit(make_evaluate(objective)),
+        evaluate=evaluation(eval_sets or {"id": [batch_at(0), batch_at(1)]}),
         batches=batches,
-        eval_sets={"id": [batch_at(0), batch_at(1)]}
-        if eval_sets is None
-        else eval_sets,
         put=lambda batch: batch,
-        put_eval=lambda batch: batch,
         steps=steps,
         best="eval/id/loss",
         key=KEY,
@@ -170,9 +177,9 @@ def test_nonfinite_step_stops_with_its_number_and_a_finite_state(tmp_path):
     common = dict(
         state=init_state({"w": jnp.zeros(())}, tx),
         update=jax.jit(make_update(poisoned, tx)),
-        evaluate=jax.jit(make_evaluate(poisoned)),
-        batches=batches, eval_sets={}, put=lambda b: b,
-            put_eval=lambda b: b, steps=6, best=None, key=KEY, data_digest="rows",
+        evaluate=evaluation({}),
+        batches=batches, put=lambda b: b, steps=6,
+        best=None, key=KEY, data_digest="rows",
         write=lambda step, values: None, learning_rate=lambda step: 0.1,
         flops=lambda s: 1.0, title="toy",
     )  # fmt: skip
@@ -190,9 +197,8 @@ def test_unknown_best_metric_lists_the_known(tmp_path):
             LoopConfig(eval_every=1), run_dir=tmp_path,
             state=init_state({"w": jnp.zeros(())}, tx),
             update=jax.jit(make_update(objective, tx)),
-            evaluate=jax.jit(make_evaluate(objective)), batches=stream,
-            eval_sets={"id": [batch_at(0)]}, put=lambda b: b,
-            put_eval=lambda b: b, steps=2,
+            evaluate=evaluation({"id": [batch_at(0)]}), batches=stream,
+            put=lambda b: b, steps=2,
             best="eval/id/acuracy", key=KEY, data_digest="rows",
             write=lambda step, values: None,
             learning_rate=lambda step: 0.1, flops=lambda s: 1.0, title="toy",
