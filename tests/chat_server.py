@@ -8,8 +8,8 @@ from collections.abc import Callable
 
 
 class Server:
-    """Answers with its script, one entry a request, (status, body or seconds), and when
-    that is spent with `reply` of the last message."""
+    """Answers with its script, one entry a request, (status, body or seconds[,
+    headers]), and when that is spent with `reply` of the last message."""
 
     def __init__(self, script=(), reply: Callable[[str], str] = "re: {}".format):
         self.script, self.requests = list(script), []
@@ -19,7 +19,8 @@ class Server:
             def do_POST(self):
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 outer.requests.append((time.monotonic(), body))
-                status, answer = outer.script.pop(0) if outer.script else (200, None)
+                entry = outer.script.pop(0) if outer.script else (200, None)
+                status, answer, headers = (*entry, {"retry-after-ms": "1"})[:3]
                 if isinstance(answer, float):
                     time.sleep(answer)
                     answer = None
@@ -33,7 +34,8 @@ class Server:
                 try:
                     self.send_response(status)
                     self.send_header("Content-Type", "application/json")
-                    self.send_header("retry-after-ms", "1")
+                    for name, value in headers.items():
+                        self.send_header(name, value)
                     self.end_headers()
                     self.wfile.write(data)
                 except BrokenPipeError:

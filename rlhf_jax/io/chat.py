@@ -7,13 +7,16 @@
 A reply is kept on disk as soon as it is there and never paid for twice. What goes wrong
 for good is a reply with an `error`, not an exception: one bad answer does not lose the
 others. A key that is missing or refused, and an endpoint that is not there, are errors
-at once: they are wrong for every question.
+at once: they are wrong for every question. Attempts after the first are made here and
+not in the openai package, so that they too keep to `per_minute`.
 """
 
 import concurrent.futures
 import dataclasses
 import hashlib
+import itertools
 import json
+import math
 import os
 import pathlib
 import threading
@@ -21,6 +24,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
+from rlhf_jax.io import retries
 from rlhf_jax.io.run_dir import write_atomic
 
 CHARACTERS_PER_TOKEN = 4
@@ -48,10 +52,10 @@ class ChatConfig:
     concurrent: int = 8
     """Questions under way at a time."""
     per_minute: float = 0.0
-    """Most questions a minute; 0 = no limit of ours."""
+    """Most requests a minute, second attempts among them; 0 = no limit of ours."""
     retries: int = 5
     """Attempts after the first, on 429, 5xx and broken connections, further and further
-    apart."""
+    apart, or when the endpoint says (Retry-After)."""
     timeout_s: float = 60.0
     """Longest time of one attempt."""
     price_in: float = 0.0
@@ -59,7 +63,8 @@ class ChatConfig:
     price_out: float = 0.0
     """Per million tokens answered."""
     max_price: float | None = None
-    """Ask nothing if the estimate is above it; null = no limit."""
+    """Ask nothing if the estimate is above it, which needs the prices; null = no
+    limit."""
 
     def __post_init__(self) -> None:
         if (self.base_url is None) != (self.model is None):
@@ -74,6 +79,21 @@ class ChatConfig:
                 f"chat: per_minute {self.per_minute}, timeout_s {self.timeout_s}: "
                 "expected at least 0, and a number above 0"
             )
+        for name in ("price_in", "price_out", "max_price"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < math.inf:
+                raise ValueError(f"chat.{name} {value}: expected at least 0")
+        if self.max_price is not None and not self.priced:
+            raise ValueError(
+                f"chat.max_price {self.max_price:g}: expected chat.price_in and "
+                "chat.price_out, a million tokens, with it: without prices nothing is "
+                "too dear"
+            )
+
+    @property
+    def priced(self) -> bool:
+        """Whether prices are given."""
+        return self.price_in > 0 or self.price_out > 0
 
 
 class Question(NamedTuple):
@@ -94,21 +114,26 @@ class Reply(NamedTuple):
 
 
 class Estimate(NamedTuple):
-    """What a run will ask for, at most."""
+    """What a run will ask for, if every question needs one attempt."""
 
     asked: int
     """Questions without a reply in the cache, each once if some are the same."""
     cached: int
     tokens_in: int
+    """About: counted in characters."""
     tokens_out: int
-    price: float
+    """At most: each reply as long as it may be."""
+    price: float | None
+    """Of these tokens; None = prices not given."""
 
     def describe(self) -> str:
         """One line, for people."""
+        price = "prices not given"
+        if self.price is not None:
+            price = f"about {self.price:.2f} at the prices given"
         return (
             f"{self.asked:,} questions ({self.cached:,} replies are there), about "
-            f"{self.tokens_in:,} tokens in, at most {self.tokens_out:,} out, at most "
-            f"{self.price:.2f} at the prices given"
+            f"{self.tokens_in:,} tokens in, at most {self.tokens_out:,} out, {price}"
         )
 
 
@@ -141,10 +166,11 @@ class ChatClient:
             api_key=key,
             base_url=config.base_url,
             timeout=config.timeout_s,
-            max_retries=config.retries,
+            max_retries=0,  # attempts are made in `_answer`, which waits its turn
         )
         self._cache = pathlib.Path(config.cache).expanduser()
         self._next, self._lock = 0.0, threading.Lock()
+        self._stop = threading.Event()
 
     def __enter__(self) -> "ChatClient":
         return self
@@ -153,15 +179,18 @@ class ChatClient:
         self._client.close()
 
     def estimate(self, questions: Sequence[Question]) -> Estimate:
-        """What `ask` would send and pay, at most; asks nothing."""
+        """What `ask` would send and pay; asks nothing."""
         different = {self._path(one): one for one in questions}
         new = [one for path, one in different.items() if not path.exists()]
         characters = sum(len(m["content"]) for one in new for m in one.messages)
         tokens_in = characters // CHARACTERS_PER_TOKEN
         tokens_out = len(new) * self.config.max_tokens
-        price = tokens_in * self.config.price_in + tokens_out * self.config.price_out
+        config, price = self.config, None
+        if config.priced:
+            price = tokens_in * config.price_in + tokens_out * config.price_out
+            price /= 1e6
         cached = len(different) - len(new)
-        return Estimate(len(new), cached, tokens_in, tokens_out, price / 1e6)
+        return Estimate(len(new), cached, tokens_in, tokens_out, price)
 
     def ask(
         self,
@@ -175,7 +204,7 @@ class ChatClient:
                 is not there, or the endpoint cannot be reached at all.
         """
         price, limit = self.estimate(questions).price, self.config.max_price
-        if limit is not None and price > limit:
+        if limit is not None and price is not None and price > limit:
             raise ValueError(
                 f"chat: these questions may cost {price:.2f}, and max_price is "
                 f"{limit:g}; ask fewer, or raise it"
@@ -184,6 +213,7 @@ class ChatClient:
         for n, question in enumerate(questions):
             places.setdefault(self._path(question), []).append(n)
         replies: dict[int, Reply] = {}
+        self._stop.clear()
         pool = concurrent.futures.ThreadPoolExecutor(self.config.concurrent)
         waiting = {
             pool.submit(self._one, questions[same[0]]): same for same in places.values()
@@ -194,6 +224,7 @@ class ChatClient:
                 replies |= dict.fromkeys(same, reply)
                 progress(len(same))
         finally:
+            self._stop.set()  # what waits for its turn is given up
             pool.shutdown(cancel_futures=True)
         return [replies[n] for n in range(len(questions))]
 
@@ -202,16 +233,8 @@ class ChatClient:
         if path.exists():
             return Reply(json.loads(path.read_text(encoding="utf-8"))["text"])
         openai = self._openai
-        options: dict[str, Any] = {self.config.length_parameter: self.config.max_tokens}
-        if self.config.send_temperature:
-            options["temperature"] = question.temperature
-        self._wait()
         try:
-            answer = self._client.chat.completions.create(
-                model=str(self.config.model),
-                messages=[dict(message) for message in question.messages],  # type: ignore[misc]
-                **options,
-            )
+            answer = self._answer(question)
             text = answer.choices[0].message.content
             cut = answer.choices[0].finish_reason == "length"
         except (
@@ -247,15 +270,41 @@ class ChatClient:
         write_atomic(path, json.dumps({"text": text}))
         return Reply(text)
 
+    def _answer(self, question: Question) -> Any:
+        """What the endpoint says in the end; raises what the last attempt raised, or
+        CancelledError once `ask` is over."""
+        options: dict[str, Any] = {self.config.length_parameter: self.config.max_tokens}
+        if self.config.send_temperature:
+            options["temperature"] = question.temperature
+        for attempt in itertools.count():
+            self._wait()
+            if self._stop.is_set():
+                raise concurrent.futures.CancelledError
+            try:
+                return self._client.chat.completions.create(
+                    model=str(self.config.model),
+                    messages=[dict(message) for message in question.messages],  # type: ignore[misc]
+                    **options,
+                )
+            except (
+                self._openai.APIConnectionError,
+                self._openai.APIStatusError,
+            ) as error:
+                pause = retries.pause_s(getattr(error, "response", None), attempt)
+                if pause is None or attempt == self.config.retries:
+                    raise
+                self._stop.wait(pause)
+        raise AssertionError("unreachable")
+
     def _wait(self) -> None:
-        """Until the rate limit allows another question."""
+        """Until the rate limit allows another request."""
         if not self.config.per_minute:
             return
         with self._lock:
             now = time.monotonic()
             at = max(self._next, now)
             self._next = at + 60 / self.config.per_minute
-        time.sleep(at - now)
+        self._stop.wait(at - now)
 
     def _path(self, question: Question) -> pathlib.Path:
         """Where the reply is kept: everything that decides it is in the name."""

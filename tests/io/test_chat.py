@@ -1,7 +1,12 @@
 """The chat client against a server that misbehaves: nothing lost, paid once."""
 
+import datetime
+import email.utils
+import time
+
 import pytest
 
+from rlhf_jax.io import retries
 from rlhf_jax.io.chat import ChatClient, ChatConfig, Question
 from tests.chat_server import Server
 
@@ -98,13 +103,70 @@ def test_the_estimate_counts_what_is_not_in_the_cache(client):
     assert (found.asked, found.cached) == (2, 1)
     assert (found.tokens_in, found.tokens_out) == (200, 200)
     assert found.price == pytest.approx((200 * 2.0 + 200 * 10.0) / 1e6)
+    assert "at most 200 out, about 0.00 at the prices given" in found.describe()
     assert len(server.requests) == 1
+
+
+def test_without_prices_the_estimate_has_none(client):
+    found = client()[0].estimate(ask("a" * 40))
+    assert found.price is None and found.describe().endswith("prices not given")
 
 
 def test_too_many_requests_and_server_errors_are_tried_again(client):
     chat, server = client([(429, {}), (500, {}), (200, None)])
     assert chat.ask(ask("a"))[0].text == "re: a"
     assert len(server.requests) == 3
+
+
+def test_attempts_after_the_first_keep_to_the_rate_limit(client, monkeypatch):
+    chat, server = client([(429, {}), (500, {}), (429, {})], retries=3)
+    waits = []
+    monkeypatch.setattr(chat, "_wait", lambda: waits.append(len(server.requests)))
+    chat.ask(ask("a"))
+    assert waits == [0, 1, 2, 3]
+
+
+def test_an_endpoint_is_left_alone_for_as_long_as_it_asks(client):
+    chat, server = client([(429, {}, {"Retry-After": "0.3"})])
+    chat.ask(ask("a"))
+    (first, _), (second, _) = server.requests
+    assert second - first >= 0.3
+
+
+@pytest.mark.parametrize(
+    "headers", [{"x-should-retry": "false"}, {"Retry-After": "36000"}]
+)
+def test_an_endpoint_that_wants_no_other_attempt_gets_none(client, headers):
+    chat, server = client([(429, {}, headers)])
+    assert "RateLimitError" in chat.ask(ask("a"))[0].error
+    assert len(server.requests) == 1
+
+
+def test_a_refusal_ends_the_attempts_of_the_others_too(client):
+    refused = (401, {"error": {"message": "no"}})
+    chat, _ = client([(429, {}, {"Retry-After": "60"}), refused], concurrent=2)
+    start = time.monotonic()
+    with pytest.raises(ValueError, match="model m"):
+        chat.ask(ask("a", "b"))
+    assert time.monotonic() - start < 20
+
+
+class Response:
+    def __init__(self, status, **headers):
+        self.status_code, self.headers = status, headers
+
+
+def test_pauses_double_unless_the_server_says():
+    pauses = [retries.pause_s(None, attempt) for attempt in range(20)]
+    limits = [min(0.5 * 2.0**attempt, 16.0) for attempt in range(20)]
+    assert all(0.75 * b <= a <= b for a, b in zip(pauses, limits, strict=True))
+    assert retries.pause_s(Response(400), 0) is None
+    assert retries.pause_s(Response(500), 0) <= 0.5
+    now = datetime.datetime.now(datetime.UTC)
+    soon = email.utils.format_datetime(now + datetime.timedelta(seconds=60), True)
+    for value, seconds in (("7", 7), (soon, 60), ("odd", 0.5), ("nan", 0.5)):
+        found = retries.pause_s(Response(429, **{"retry-after": value}), 0)
+        assert found == pytest.approx(seconds, abs=2 if seconds == 60 else 0.13)
 
 
 @pytest.mark.parametrize(
@@ -184,6 +246,8 @@ def test_settings_that_cannot_be_are_said(monkeypatch):
         ({"base_url": "u"}, "expected base_url and model, or neither"),
         ({"concurrent": 0}, "concurrent 0"),
         ({"timeout_s": 0.0}, "timeout_s 0.0"),
+        ({"price_in": -1.0}, "price_in -1.0: expected at least 0"),
+        ({"max_price": 5.0}, "max_price 5: expected chat.price_in and chat.price_out"),
     ):
         with pytest.raises(ValueError, match=message):
             ChatConfig(**options)
