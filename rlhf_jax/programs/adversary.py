@@ -64,7 +64,8 @@ class Attacked(NamedTuple):
     """The edited completions of a prompt, or why there are none."""
 
     worse: list[dict[str, Any]]
-    """text, source ("N edits")."""
+    """text, source: "N edits", and "N edits, failed" where they do not raise the
+    reward."""
     refusal: Refusal | None = None
 
 
@@ -125,9 +126,10 @@ class Adversary:
             result[n].worse.extend(
                 {
                     "text": encoder.completion_text(prompt, list(each.tokens)),
-                    "source": f"{each.edits} edit" + "s" * (each.edits != 1),
+                    "source": f"{each.edits} edit" + "s" * (each.edits != 1) + note,
                 }
-                for each in completions
+                for some, note in zip(completions, ("", ", failed"), strict=True)
+                for each in some
             )
         return result
 

@@ -351,7 +351,8 @@ def test_attacks_raise_the_reward_inside_their_budget_and_can_be_written(attacke
         rewards = attacker.scorer.rewards(encoded)
         assert np.all(np.diff(rewards) <= 1e-5)
         base = attacker.scorer.rewards([attacker.scorer.encode(prompt, gold)])[0]
-        assert rewards[0] > base
+        failed = [each["source"].endswith(", failed") for each in found.worse]
+        assert not failed[0] and failed == [bool(r <= base) for r in rewards]
         budget = min(3, max(1, round(0.5 * (len(start) - 1))))
         for each, one in zip(found.worse, encoded, strict=True):
             assert len(one.completion) == len(start)

@@ -2,8 +2,8 @@
 
 A beam search over substitutions of tokens. What to try comes from `propose`, so that
 the search knows no model; `programs.adversary` proposes by HotFlip. Every sequence that
-was scored is a candidate; the best ones are the result, so the search never returns
-less than it has seen.
+was scored is a candidate; the best ones are the result, and those that raise the reward
+stand apart from those that do not.
 """
 
 from collections.abc import Callable, Sequence
@@ -29,6 +29,15 @@ class Found(NamedTuple):
     """Tokens that differ from the start."""
 
 
+class Attack(NamedTuple):
+    """What a search found, each list with the highest reward first."""
+
+    raised: list[Found]
+    """Rewards above the start's."""
+    failed: list[Found]
+    """The best of the rest: edits that were tried and raised nothing."""
+
+
 Propose: TypeAlias = Callable[[Sequence[tuple[int, Tokens]]], list[list[Flip]]]
 """(index of the prompt, completion) of several -> the flips of each."""
 
@@ -42,22 +51,22 @@ def attack(
     count: int = 1,
     beam: int = 1,
     accept: Callable[[int, Tokens], bool] = lambda index, tokens: True,
-) -> list[list[Found]]:
-    """Up to `count` edited completions for each start, the highest reward first.
+) -> list[Attack]:
+    """Up to `count` edited completions for each start, those of the highest reward.
 
     Args:
         starts: completions as token ids.
         rewards: of the starts.
         propose: what to try next.
         budgets: most tokens of each completion that may differ from its start.
-        count: completions wanted of each; those of the highest reward among all that
-            were scored, whether or not it is above the start's.
+        count: completions wanted of each, `raised` and `failed` together.
         beam: edited completions from which a search goes on; 1 is greedy.
         accept: (index of the start, completion) -> whether it may be a result, and may
             be searched from.
 
     Returns:
-        For each start its completions. A search ends when its budget is spent or no
+        For each start its completions; what has `raised` the reward never is below the
+        start's. A search ends when its budget is spent or no
         substitution raises a reward of its beam.
     """
     searches = [
@@ -112,9 +121,13 @@ class _Search:
         fresh = [found for found in self.tops if found not in before]
         self.frontier = fresh if self.rounds < self.budget else []
 
-    def best(self, count: int) -> list[Found]:
+    def best(self, count: int) -> Attack:
         """The highest rewards, without the start."""
-        return self._top(count, with_start=False)
+        top, start = self._top(count, with_start=False), self.seen[self.start].reward
+        return Attack(
+            [found for found in top if found.reward > start],
+            [found for found in top if not found.reward > start],
+        )
 
     def _top(self, count: int, *, with_start: bool) -> list[Found]:
         top: list[Found] = []

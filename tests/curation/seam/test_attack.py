@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from rlhf_jax.curation.seam.attack import Flip, attack
+from rlhf_jax.curation.seam.attack import Attack, Flip, Found, attack
 
 LENGTH, VOCAB = 5, 4
 
@@ -43,7 +43,7 @@ class World:
         starts = [(0,) * LENGTH, (1,) * LENGTH]
         rewards = [self.reward(n, start) for n, start in enumerate(starts)]
         found = attack(starts, rewards, self.propose, budgets=budgets, **options)
-        return starts, rewards, found
+        return starts, rewards, [[*each.raised, *each.failed] for each in found]
 
 
 @pytest.mark.parametrize("budget", [1, 2, 3, LENGTH])
@@ -99,6 +99,32 @@ def test_a_wider_beam_and_a_larger_budget_find_no_less_of_two_rounds(seed):
         assert best[beam, 2].reward >= best[beam, 1].reward
 
 
+@pytest.mark.parametrize("beam", [1, 3])
+def test_an_attack_never_lowers_the_reward_it_maximises(beam):
+    """What it did not raise is told apart, whatever the rewards."""
+    for seed in range(20):
+        world = World(seed, pairs=1.0)
+        # The best start of all, and one of the others.
+        best = max(
+            itertools.product(range(VOCAB), repeat=LENGTH),
+            key=lambda tokens: world.reward(0, tokens),
+        )
+        for start in (best, (seed % VOCAB,) * LENGTH):
+            base = world.reward(0, start)
+            (found,) = attack(
+                [start], [base], world.propose, budgets=[2], count=20, beam=beam
+            )
+            assert all(each.reward > base for each in found.raised)
+            assert all(each.reward <= base for each in found.failed)
+            assert 15 <= len(found.raised) + len(found.failed) <= 20
+            assert not (found.raised and start == best)
+
+
+def test_a_start_that_cannot_be_raised_stays_the_best():
+    (found,) = attack([(1,)], [5.0], lambda asked: [[Flip(0, 2, 1.0)]], budgets=[1])
+    assert found == Attack([], [Found((2,), 1.0, 1)])
+
+
 def test_what_is_not_accepted_is_neither_a_result_nor_searched_from():
     world = World(pairs=1.0)
 
@@ -115,4 +141,5 @@ def test_what_is_not_accepted_is_neither_a_result_nor_searched_from():
 def test_no_budget_and_no_proposal_give_nothing():
     world = World()
     assert world.attack([0, 0])[2] == [[], []] and not world.asked
-    assert attack([(1,)], [0.0], lambda asked: [[] for _ in asked], budgets=[1]) == [[]]
+    found = attack([(1,)], [0.0], lambda asked: [[] for _ in asked], budgets=[1])
+    assert found == [Attack([], [])]
