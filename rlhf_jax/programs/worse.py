@@ -36,7 +36,7 @@ class ContrastConfig:
     """Neighbours of a prompt."""
 
     count: int = 30
-    """Most neighbours of a prompt."""
+    """Most neighbours of a prompt, each with another answer."""
     max_similarity: float = 0.9
     """Cosine that neighbours stay below: nearer prompts may share their answer."""
     embedding: str | None = None
@@ -79,15 +79,15 @@ def by_contrast(
         embeddings = _pooled_states(prompts, policy, scoring)
     else:
         embeddings = _sentence_embeddings(prompts, config.embedding)
+    golds = [prompt.gold for prompt in prompts]
     near = contrast.neighbours(
         embeddings,
         [prompt.key for prompt in prompts],
+        golds,
         count=config.count,
         max_similarity=config.max_similarity,
     )
-    return contrast.contrast(
-        near, [p.gold for p in prompts], [p.prompt_id for p in prompts]
-    )
+    return contrast.contrast(near, golds, [prompt.prompt_id for prompt in prompts])
 
 
 def _pooled_states(
