@@ -14,7 +14,6 @@ import sys
 from collections.abc import Iterator
 from typing import IO, Any
 
-import jax
 import numpy as np
 
 from rlhf_jax.data import prepare
@@ -25,12 +24,11 @@ from rlhf_jax.io import report
 from rlhf_jax.io.run_dir import write_atomic
 from rlhf_jax.models.config import ComputeConfig
 from rlhf_jax.programs import experience as xp
-from rlhf_jax.programs import sampler, sharded
-from rlhf_jax.programs.models import load_policy
 from rlhf_jax.programs.rewards import Rewards, open_rewards
+from rlhf_jax.programs.sampler import open_sampler
 from rlhf_jax.programs.scorer import ScoringConfig
 from rlhf_jax.sampling.generate import SamplingConfig
-from rlhf_jax.sharding import MeshConfig, batch_devices, make_mesh
+from rlhf_jax.sharding import MeshConfig, make_mesh
 from rlhf_jax.types import Rollout
 
 
@@ -103,40 +101,22 @@ def run(config: GenerateConfig) -> int:
     mesh = make_mesh(config.mesh)
     with contextlib.ExitStack() as stack:
         _check_output(config)
-        sampler.one_process()
-        stack.enter_context(jax.set_mesh(mesh))
-        model, params, tokenizer = load_policy(
-            config.model, compute=config.compute, mesh=mesh
-        )
-        encoder = prepare.make_encoder(tokenizer, config.rows)
-        rows = dataclasses.replace(
-            config.rows, max_prompt_length=sampler.prompt_limit(config, model)
-        )
+        opened = open_sampler(config, mesh)
+        encoder, size = opened.encoder, opened.together
+        rows = dataclasses.replace(config.rows, max_prompt_length=opened.prompt_limit)
         prompts, account = prepare.prepare_prompts(config.data, encoder, rows)
         print(account.summary(), file=sys.stderr)
         for dropped in account.dropped:
             print(
                 f"{dropped.where}: {dropped.reason}: {dropped.detail}", file=sys.stderr
             )
-        generate = sampler.make_sampler(config, model, encoder)
         judges = _judges(config, encoder)
         out = stack.enter_context(_output(config))
-        put = sharded.make_put(mesh)
-        key = jax.random.key(config.seed)
         scores: dict[str, list[np.ndarray]] = {name: [] for name in judges}
-        devices = batch_devices(mesh)
-        size, written = -(-config.batch_size // devices) * devices, 0
+        written = 0
         for start in range(0, len(prompts), size):
-            # The last batch is filled up from the beginning: one shape compiles.
-            real = min(size, len(prompts) - start)
-            batch = [prompts[(start + n) % len(prompts)] for n in range(size)]
-            device_batch = put(xp.prompt_batch(batch, pad_id=encoder.pad_id))
-            rollout = jax.device_get(
-                generate(params, device_batch, jax.random.fold_in(key, start))
-            )
-            keep = real * config.sampling.num_samples
-            rollout = jax.tree.map(lambda x, keep=keep: x[:keep], rollout)
-            texts = xp.as_texts(batch[:real], rollout, encoder)
+            batch = [prompts[n] for n in range(start, min(start + size, len(prompts)))]
+            texts, rollout = opened.sample(batch, start)
             found = {name: xp.score(judge, texts)[0] for name, judge in judges.items()}
             for name, values in found.items():
                 scores[name].append(values)
@@ -144,7 +124,7 @@ def run(config: GenerateConfig) -> int:
             for line in _grouped(lines) if config.grouped else lines:
                 out.write(json.dumps(line, ensure_ascii=False, default=str) + "\n")
             out.flush()
-            written += keep
+            written += len(texts.completions)
     if config.report is not None:
         _best_of_n(config, scores)
     return written

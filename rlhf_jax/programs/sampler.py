@@ -1,15 +1,90 @@
-"""The jitted sampler of a program, and what a config must leave room for."""
+"""The jitted sampler of a program, and what a config must leave room for.
+
+`open_sampler` is all of it for a program that only samples: model, tokenizer, mesh.
+"""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 
+from rlhf_jax.data import prepare
 from rlhf_jax.data.encode import Encoder
+from rlhf_jax.data.encoded import EncodedPrompt
 from rlhf_jax.models.llama import Llama
+from rlhf_jax.programs import experience as xp
+from rlhf_jax.programs import sharded
+from rlhf_jax.programs.models import load_policy
 from rlhf_jax.sampling.generate import make_generate
-from rlhf_jax.types import Rollout
+from rlhf_jax.sharding import batch_devices
+from rlhf_jax.types import PromptBatch, Rollout
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Sampler:
+    """A policy that continues prompts, some at a time."""
+
+    encoder: Encoder
+    prompt_limit: int
+    """Tokens of a prompt that leave room for a completion."""
+    together: int
+    """Prompts of a batch."""
+    mesh: jax.sharding.Mesh
+    generate: Callable[[PromptBatch, jax.Array], Rollout]
+    key: jax.Array
+
+    def sample(
+        self, prompts: Sequence[EncodedPrompt], number: int
+    ) -> tuple[xp.Texts, Rollout]:
+        """The completions of some prompts, G after G, on the host.
+
+        Args:
+            prompts: 1 .. `together`.
+            number: folded into the key; what is drawn depends on it and on the places
+                of the prompts.
+        """
+        # Filled up from the beginning: one number of rows compiles.
+        batch = [prompts[n % len(prompts)] for n in range(self.together)]
+        with jax.set_mesh(self.mesh):
+            rollout = self.generate(
+                xp.prompt_batch(batch, pad_id=self.encoder.pad_id),
+                jax.random.fold_in(self.key, number),
+            )
+        rollout = jax.device_get(rollout)
+        keep = len(rollout.tokens) // self.together * len(prompts)
+        rollout = jax.tree.map(lambda x: x[:keep], rollout)
+        return xp.as_texts(prompts, rollout, self.encoder), rollout
+
+
+def open_sampler(config: Any, mesh: jax.sharding.Mesh) -> Sampler:
+    """The sampler of a program.
+
+    Args:
+        config: of the program; its model, sampling, stop, rows, compute, batch_size and
+            seed are read.
+        mesh: of parameters and prompts.
+
+    Raises:
+        ValueError: no such model, several processes, no room for a prompt, or a stop
+            string that is not one token.
+    """
+    one_process()
+    with jax.set_mesh(mesh):
+        model, params, tokenizer = load_policy(
+            config.model, compute=config.compute, mesh=mesh
+        )
+    encoder = prepare.make_encoder(tokenizer, config.rows)
+    generate, put = make_sampler(config, model, encoder), sharded.make_put(mesh)
+    devices = batch_devices(mesh)
+    return Sampler(
+        encoder=encoder,
+        prompt_limit=prompt_limit(config, model),
+        together=-(-config.batch_size // devices) * devices,
+        mesh=mesh,
+        generate=lambda prompts, key: generate(params, put(prompts), key),
+        key=jax.random.key(config.seed),
+    )
 
 
 def make_sampler(config: Any, model: Llama, encoder: Encoder) -> Callable[..., Rollout]:

@@ -11,11 +11,12 @@ Source: arXiv:2406.07971; the formula is a reconstruction, see `curation.seam.sc
 """
 
 import dataclasses
+import functools
 import importlib.util
 import json
 import pathlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -227,17 +228,26 @@ def _check_weights(config: SeamConfig, root: pathlib.Path, prompts: int) -> None
 def _worse(
     config: SeamConfig, root: pathlib.Path, name: Estimator, prompts: list[SeamPrompt]
 ) -> Worse:
-    """The worse completions of an estimator, made once."""
-    path = root / f"worse-{name}.jsonl"
+    """The worse completions of an estimator, made once; models make them in parts."""
+    path, size = root / f"worse-{name}.jsonl", len(prompts)
     if name == "attack":
-        return _attacked(config, path, prompts)
+        spec = parse_spec(config.reward)[1]
+        make = functools.partial(
+            worse.by_attack, prompts, config.attack, spec, config.scoring
+        )
+        return _in_parts(path, size, worse.PART, make)
+    if name == "generate" and config.writer.model is not None:
+        make = functools.partial(
+            writer.by_policy, prompts, config.writer, config.scoring, config.seed
+        )
+        return _in_parts(path, size, config.writer.part, make)
     if not path.exists():
         if name == "contrast":
             made = worse.by_contrast(
                 prompts, config.contrast, config.policy, config.scoring
             )
         elif name == "generate":
-            made = writer.by_generation(prompts, config.writer, root, config.seed)
+            made = writer.by_endpoint(prompts, config.writer)
         elif name == "perturb":
             made = worse.by_perturbation(prompts, config.perturb, config.seed)
         else:
@@ -246,18 +256,21 @@ def _worse(
     return [line["worse"] for line in scored_rows.read_jsonl(path)]
 
 
-def _attacked(
-    config: SeamConfig, path: pathlib.Path, prompts: Sequence[SeamPrompt]
+def _in_parts(
+    path: pathlib.Path, total: int, size: int, make: Callable[..., Iterator[Worse]]
 ) -> Worse:
-    """The estimator that takes long writes part by part."""
-    lines = seam_scoring.read_parts(path, len(prompts), worse.PART)
-    if len(lines) < len(prompts):
-        spec = parse_spec(config.reward)[1]
-        parts = worse.by_attack(
-            prompts, config.attack, spec, config.scoring, start=len(lines)
-        )
+    """The lines of a file that grows part by part: those that are there, and the rest.
+
+    Args:
+        path: of the file.
+        total: prompts.
+        size: of a part.
+        make: start -> the parts from that prompt on.
+    """
+    lines = seam_scoring.read_parts(path, total, size)
+    if len(lines) < total:
         with path.open("a", encoding="utf-8") as file:
-            for part in parts:
+            for part in make(start=len(lines)):
                 new = [{"worse": each} for each in part]
                 file.write("".join(map(scored_rows.dump, new)))
                 file.flush()

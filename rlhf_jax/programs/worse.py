@@ -164,6 +164,7 @@ def by_attack(
     config: AttackConfig,
     reward: str,
     scoring: ScoringConfig,
+    *,
     start: int,
 ) -> Iterator[Worse]:
     """Edits of the gold completions that the reward model likes, PART prompts at a time

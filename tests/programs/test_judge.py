@@ -8,9 +8,11 @@ from rlhf_jax.data.rows import Columns
 from rlhf_jax.io.chat import ChatConfig
 from rlhf_jax.programs import seam, writer
 from rlhf_jax.programs.judge import JudgeConfig, _verdict, run
+from rlhf_jax.programs.scorer import ScoringConfig
 from rlhf_jax.programs.seam import SeamConfig
 from rlhf_jax.programs.seam_prompts import read_prompts
 from rlhf_jax.programs.writer import WriterConfig
+from rlhf_jax.sharding import MeshConfig
 from tests.chat_server import Server
 
 pytest.importorskip("openai", reason="needs the seam extra")
@@ -178,14 +180,14 @@ def test_a_writer_gives_each_prompt_its_different_texts(tmp_path, endpoint):
         return f"g{number}" if next(count) % 2 else f"worse {number}"
 
     config = WriterConfig(chat=endpoint(reply, concurrent=1), count=3)
-    made = writer.by_generation(prompts_of(tmp_path), config, tmp_path, seed=0)
+    made = writer.by_endpoint(prompts_of(tmp_path), config)
     assert made == [[{"text": f"worse {n}", "source": "m"}] for n in range(4)]
 
 
 def test_a_writer_that_only_fails_is_an_error(tmp_path, endpoint):
     config = WriterConfig(chat=endpoint(lambda text: " "), count=1)
     with pytest.raises(ValueError, match="4 of 4 questions failed, the first: malfor"):
-        writer.by_generation(prompts_of(tmp_path), config, tmp_path, seed=0)
+        writer.by_endpoint(prompts_of(tmp_path), config)
 
 
 def test_failed_questions_are_asked_again_or_accepted(tmp_path, endpoint):
@@ -198,26 +200,51 @@ def test_failed_questions_are_asked_again_or_accepted(tmp_path, endpoint):
     chat, prompts = endpoint(reply), prompts_of(tmp_path)
     config = WriterConfig(chat=chat, count=1)
     with pytest.raises(ValueError, match="1 of 4 questions failed.*run again"):
-        writer.by_generation(prompts, config, tmp_path, seed=0)
+        writer.by_endpoint(prompts, config)
     accepted = WriterConfig(chat=chat, count=1, max_failed=0.3)
-    made = writer.by_generation(prompts, accepted, tmp_path, seed=0)
+    made = writer.by_endpoint(prompts, accepted)
     assert [len(texts) for texts in made] == [1, 0, 1, 1]
     fails.clear()
-    made = writer.by_generation(prompts, config, tmp_path, seed=0)
+    made = writer.by_endpoint(prompts, config)
     assert [texts[0]["text"] for texts in made] == [f"worse p{n}" for n in range(4)]
 
 
+def by_policy(prompts, config, start=0, **scoring):
+    made = writer.by_policy(prompts, config, ScoringConfig(**scoring), 0, start=start)
+    return list(made)
+
+
 @pytest.mark.slow
-def test_a_local_writer_continues_the_instruction(tmp_path):
-    config = WriterConfig(model="testbed", count=3, max_new_tokens=6, batch_size=4)
-    made = writer.by_generation(prompts_of(tmp_path), config, tmp_path, seed=0)
-    assert len(made) == 4  # an untrained policy ends few of its completions
+def test_a_local_writer_goes_on_as_if_it_had_not_stopped(tmp_path, monkeypatch):
+    monkeypatch.setattr(writer, "_PART", 2)
+    asked, encode = [], writer._instruct
+    monkeypatch.setattr(
+        writer, "_instruct", lambda *args: asked.append(encode(*args)) or asked[-1]
+    )
+    rows = [{"prompt": f"p{n}", "gold_completion": "g"} for n in range(5)]
+    rows[1]["prompt"] = "word " * 600  # longer than the policy takes
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    prompts = read_prompts([str(path)], Columns(), "gold_completion")[0]
+    config = WriterConfig(model="testbed", count=60, max_new_tokens=6, batch_size=1)
+    scoring = {"mesh": MeshConfig(data=2), "max_length": 600}
+    samplers, opens = [], writer.open_sampler
+    monkeypatch.setattr(
+        writer,
+        "open_sampler",
+        lambda *args: samplers.append(opens(*args)) or samplers[-1],
+    )
+    parts = by_policy(prompts, config, **scoring)
+    assert samplers[0].mesh.shape["data"] == 2 and samplers[0].together == 8
+    assert [len(part) for part in parts] == [2, 2, 1] and parts[0][1] == []
+    assert all(text.endswith(f"Request: {row['prompt']}") for text, row in
+               zip(asked, rows))  # fmt: skip
+    assert by_policy(prompts, config, start=2, **scoring) == parts[1:]
+    made = [each for part in parts for each in part]
+    assert any(made)  # an untrained policy ends few of its completions
     for texts in made:
-        assert len({each["text"] for each in texts}) == len(texts) <= 3
+        assert len({each["text"] for each in texts}) == len(texts) <= 60
         assert all(each["source"] == "testbed" for each in texts)
-    asked = (tmp_path / "generate-prompts.jsonl").read_text().splitlines()
-    assert [json.loads(line)["prompt"].endswith(f"Request: p{n}") for n, line in
-            enumerate(asked)] == [True] * 4  # fmt: skip
 
 
 @pytest.mark.parametrize(
