@@ -60,6 +60,7 @@ def open_run(
     config: Any,
     *,
     holds_runs: bool = False,
+    begun_by: Sequence[str] = (),
     may_change: Sequence[str] = (),
 ) -> OpenRun:
     """Creates the directory, or accepts it for an equal config, and locks it.
@@ -71,6 +72,8 @@ def open_run(
         config: of the run.
         holds_runs: True for a directory of several runs, which has begun as soon as
             there is anything in it.
+        begun_by: patterns of further files, of which the first that is not empty
+            begins the run.
         may_change: keys, dotted where nested, in which the config may differ from the
             earlier one.
 
@@ -90,7 +93,9 @@ def open_run(
         lock = _lock(path)
         changed: list[str] = []
         try:
-            resumed = saved.exists() and _accept(saved, config, holds_runs, may_change)
+            resumed = saved.exists() and _accept(
+                saved, config, holds_runs, may_change, begun_by
+            )
             if resumed:
                 changed = _differences(saved, config)
             if not resumed or changed:
@@ -129,7 +134,11 @@ def mark_finished(run_dir: pathlib.Path) -> None:
 
 
 def _accept(
-    saved: pathlib.Path, config: Any, holds_runs: bool, may_change: Sequence[str]
+    saved: pathlib.Path,
+    config: Any,
+    holds_runs: bool,
+    may_change: Sequence[str],
+    begun_by: Sequence[str] = (),
 ) -> bool:
     """Whether the run of this config is there; False where none has begun.
 
@@ -141,8 +150,8 @@ def _accept(
         for line in _differences(saved, config)
         if not _within(line.partition(":")[0], may_change)
     ]
-    metrics = saved.parent / "metrics.jsonl"
-    begun = metrics.exists() and metrics.stat().st_size > 0
+    files = (saved.parent.glob(pattern) for pattern in ("metrics.jsonl", *begun_by))
+    begun = any(path.stat().st_size > 0 for found in files for path in found)
     begun = begun or any((saved.parent / "checkpoints").glob("*"))
     if holds_runs:
         begun = any(path.name != saved.name for path in _foreign(saved.parent))

@@ -46,11 +46,11 @@ def summarise(
         lines: of each estimator.
         others: lines of other runs, to be compared estimator by estimator.
     """
-    columns = {name: _by_prompt(found) for name, found in lines.items() if found}
+    columns = {name: by_prompt(found) for name, found in lines.items() if found}
     for name, found in others.items():
         for estimator in dict.fromkeys(line["estimator"] for line in found):
             mine = [line for line in found if line["estimator"] == estimator]
-            columns[f"{name}/{estimator}"] = _by_prompt(mine)
+            columns[f"{name}/{estimator}"] = by_prompt(mine)
     overlaps = []
     for first, second in itertools.combinations(columns, 2):
         if first not in lines and second not in lines:
@@ -68,14 +68,11 @@ def summarise(
     }
 
 
-def _by_prompt(lines: Sequence[Line]) -> dict[tuple[str, int], float]:
-    """SEAM by prompt id; the n-th of equal ids is a prompt of its own."""
-    seen: dict[str, int] = {}
-    found = {}
-    for line in lines:
-        number = seen[line["prompt_id"]] = seen.get(line["prompt_id"], -1) + 1
-        found[line["prompt_id"], number] = of_line(line)
-    return found
+def by_prompt(lines: Sequence[Line]) -> dict[tuple[str, int], float]:
+    """SEAM by prompt id and which of the rows with this id it is, whether or not the
+    others have a score: the same row in every estimator, and in runs on the same
+    prompts."""
+    return {(line["prompt_id"], line["occurrence"]): of_line(line) for line in lines}
 
 
 def _finite(value: float) -> float | None:

@@ -26,10 +26,9 @@ from rlhf_jax.curation.seam.scores import SeamFormula
 from rlhf_jax.data.rows import Columns
 from rlhf_jax.io import progress, seam_report
 from rlhf_jax.io.run_dir import open_run, write_atomic
-from rlhf_jax.programs import scored_rows, seam_scoring, worse, writer
+from rlhf_jax.programs import scored_rows, seam_checks, seam_scoring, worse, writer
 from rlhf_jax.programs.adversary import AttackConfig
 from rlhf_jax.programs.likelihood import open_likelihood
-from rlhf_jax.programs.models import weights_identity
 from rlhf_jax.programs.rewards import kind_of, open_rewards, parse_spec
 from rlhf_jax.programs.scorer import ENSEMBLE, ScoringConfig
 from rlhf_jax.programs.seam_prompts import SeamPrompt, Worse, read_prompts
@@ -48,6 +47,7 @@ MAY_CHANGE = (
     *("writer.chat.price_out", *(f"writer.chat.{name}" for name in _ASKING)),
 )
 """Settings of a run that goes on: none of them changes a text or a score."""
+PROMPTS = "prompts.jsonl"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,20 +132,31 @@ def run(config: SeamConfig) -> pathlib.Path:
     opened = open_run(
         config.run_dir,
         config,
-        holds_runs=True,
-        may_change=MAY_CHANGE,
+        begun_by=seam_checks.BEGUN_BY,
+        may_change=MAY_CHANGE
+        + seam_checks.may_change(pathlib.Path(config.run_dir).expanduser()),
     )
     with opened.lock:
         root = opened.path
         prompts, rows, left_out = read_prompts(
             config.data, config.columns, config.gold_column
         )
+        others = _others(config)
+        if not opened.resumed:  # what an attempt left that made no text
+            for name in (PROMPTS, seam_checks.WEIGHTS):
+                (root / name).unlink(missing_ok=True)
+        seam_checks.check(config, root, len(prompts))
         _write_prompts(root, rows)
-        _check_weights(config, root, len(prompts))
         made = {name: _worse(config, root, name, prompts) for name in config.estimators}
         scored, speed = _score(config, root, prompts, made)
+        which = {prompt.index: prompt.occurrence for prompt in prompts}
         lines = {
-            name: seam_scoring.with_scores(found, config.formula, config.min_worse)
+            name: [
+                {**line, "occurrence": which[line["index"]]}
+                for line in seam_scoring.with_scores(
+                    found, config.formula, config.min_worse
+                )
+            ]
             for name, found in scored.items()
         }
         for found in scored.values():
@@ -155,7 +166,7 @@ def run(config: SeamConfig) -> pathlib.Path:
         if config.parquet:
             _write_parquet(root / "seam.parquet", every)
         scored_rows.write_whole(root / "set_aside.jsonl", left_out)
-        summary = seam_report.summarise(lines, _others(config))
+        summary = seam_report.summarise(lines, others)
         summary |= {"prompts": len(prompts), "set_aside": len(left_out), **speed}
         write_atomic(root / "seam.json", json.dumps(summary, indent=1))
         report = seam_report.write(root, summary, lines)
@@ -189,7 +200,7 @@ def _write_prompts(root: pathlib.Path, rows: Sequence[Line]) -> None:
     Raises:
         ValueError: the directory holds scores of other prompts.
     """
-    path = root / "prompts.jsonl"
+    path = root / PROMPTS
     text = "".join(map(scored_rows.dump, rows))
     if not path.exists():
         write_atomic(path, text)
@@ -198,31 +209,6 @@ def _write_prompts(root: pathlib.Path, rows: Sequence[Line]) -> None:
             f"run_dir {root}: holds scores of other prompts; data has changed since; "
             "choose another --run_dir"
         )
-
-
-def _check_weights(config: SeamConfig, root: pathlib.Path, prompts: int) -> None:
-    """A run that is to go on must not mix the scores of two models.
-
-    Raises:
-        ValueError: the files of the policy or the reward model have changed since.
-    """
-    paths = [root / f"scores-{name}.jsonl" for name in config.estimators]
-    if all(p.exists() and p.read_bytes().count(b"\n") == prompts for p in paths):
-        return  # nothing is left to score: the models may be gone
-    found = {"policy": weights_identity(config.policy)}
-    spec = parse_spec(config.reward)[1]
-    if kind_of(spec) == "model" and not spec.startswith(ENSEMBLE):
-        found["reward"] = weights_identity(spec)
-    path = root / "weights.json"
-    if not path.exists():
-        write_atomic(path, json.dumps(found, indent=1))
-    for name, before in json.loads(path.read_text(encoding="utf-8")).items():
-        if found[name] != before:
-            raise ValueError(
-                f"run_dir {root}: begun with other weights of the {name} "
-                f"{getattr(config, name)}, which has changed since; choose another "
-                "--run_dir"
-            )
 
 
 def _worse(
@@ -326,9 +312,21 @@ def _earlier_speed(root: pathlib.Path) -> dict[str, float]:
 
 
 def _others(config: SeamConfig) -> dict[str, list[Line]]:
-    """Lines of the runs to compare with."""
+    """Lines of the runs to compare with.
+
+    Raises:
+        ValueError: see `read_scores`; or lines of an earlier version.
+    """
     named = configs.parse_named(config.compare, "compare")
-    return {name: read_scores(path) for name, path in named.items()}
+    found = {name: read_scores(path) for name, path in named.items()}
+    for name, lines in found.items():
+        if any("occurrence" not in line for line in lines):
+            raise ValueError(
+                f"compare {named[name]}: its lines have no `occurrence`, which tells "
+                "equal prompts apart: an earlier version wrote them; run its command "
+                "again, which scores nothing anew"
+            )
+    return found
 
 
 def read_scores(path: str) -> list[Line]:

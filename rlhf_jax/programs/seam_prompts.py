@@ -8,6 +8,7 @@ import dataclasses
 import hashlib
 import json
 import unicodedata
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any, NamedTuple, TypeAlias
 
@@ -30,6 +31,8 @@ class SeamPrompt:
     where: str
     """File and line."""
     prompt_id: str
+    occurrence: int
+    """How many rows with a prompt before it have this prompt_id."""
     prompt: Any
     """Text or messages."""
     gold: str
@@ -67,6 +70,7 @@ def read_prompts(data: Sequence[str], columns: Columns, gold_column: str) -> Sea
         ValueError: no row has a prompt and a gold completion.
     """
     found: list[SeamPrompt] = []
+    seen: Counter[str] = Counter()
     rows: list[dict[str, Any]] = []
     left_out: list[dict[str, Any]] = []
     for spec in data:
@@ -80,13 +84,23 @@ def read_prompts(data: Sequence[str], columns: Columns, gold_column: str) -> Sea
                 )
                 continue
             try:
-                found.append(_prompt(len(rows), row, where, columns, gold_column))
+                prompt, tools, gold = _parts(row, columns, gold_column)
             except ValueError as error:
                 reason = getattr(error, "kind", "malformed")
                 left_out.append(scored_rows.set_aside(where, reason, str(error), row))
-                if reason != NO_GOLD:
-                    continue
+                continue
+            index, prompt_id = len(rows), _prompt_id(row, prompt)
+            occurrence, seen[prompt_id] = seen[prompt_id], seen[prompt_id] + 1
             rows.append(row)
+            if isinstance(gold, str) and gold.strip():
+                found.append(
+                    SeamPrompt(
+                        index, where, prompt_id, occurrence, prompt, gold, row, tools
+                    )
+                )
+            else:
+                why = _no_gold(row, gold_column)
+                left_out.append(scored_rows.set_aside(where, NO_GOLD, why, row))
     if not found:
         first = left_out[0] if left_out else {"where": "", "detail": "no row"}
         raise ValueError(
@@ -96,25 +110,29 @@ def read_prompts(data: Sequence[str], columns: Columns, gold_column: str) -> Sea
     return SeamData(found, rows, left_out)
 
 
-def _prompt(
-    index: int, row: dict[str, Any], where: str, columns: Columns, gold_column: str
-) -> SeamPrompt:
+def _parts(
+    row: dict[str, Any], columns: Columns, gold_column: str
+) -> tuple[Any, list | None, Any]:
+    """(prompt, tools, what the gold column holds)."""
     if gold_column == columns.chosen and gold_column in row:
         pair = row_shapes.pair_row(row, columns)
-        prompt, tools, gold = pair.prompt, pair.tools, pair.chosen
-    else:
-        record = row_shapes.prompt_row(row, columns)
-        prompt, tools, gold = record.prompt, record.tools, row.get(gold_column)
-    if not isinstance(gold, str) or not gold.strip():
-        have = ", ".join(map(repr, list(row)[:12]))
-        raise row_shapes.RowError(
-            f"no gold completion, a text, in column {gold_column!r}; the row has "
-            f"{have}: name the right one with gold_column",
-            NO_GOLD,
-        )
-    given = row.get("prompt_id")
+        return pair.prompt, pair.tools, pair.chosen
+    record = row_shapes.prompt_row(row, columns)
+    return record.prompt, record.tools, row.get(gold_column)
+
+
+def _prompt_id(row: dict[str, Any], prompt: Any) -> str:
+    """The row's own, or a digest of the prompt."""
     digest = hashlib.sha1(normal(prompt).encode("utf-8", "replace")).hexdigest()[:12]
-    return SeamPrompt(index, where, str(given or digest), prompt, gold, row, tools)
+    return str(row.get("prompt_id") or digest)
+
+
+def _no_gold(row: dict[str, Any], gold_column: str) -> str:
+    have = ", ".join(map(repr, list(row)[:12]))
+    return (
+        f"no gold completion, a text, in column {gold_column!r}; the row has {have}: "
+        "name the right one with gold_column"
+    )
 
 
 def normal(prompt: Any) -> str:

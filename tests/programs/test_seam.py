@@ -11,11 +11,14 @@ import pytest
 
 from rlhf_jax.curation.seam import scores
 from rlhf_jax.data.encode import Encoder
-from rlhf_jax.programs import likelihood, rewards, seam
+from rlhf_jax.io import seam_report
+from rlhf_jax.io.chat import ChatConfig
+from rlhf_jax.programs import likelihood, rewards, seam, seam_checks
 from rlhf_jax.programs.adversary import AttackConfig, open_adversary
 from rlhf_jax.programs.likelihood import open_likelihood, open_pooling
 from rlhf_jax.programs.scorer import ScoringConfig
 from rlhf_jax.programs.seam import SeamConfig
+from rlhf_jax.programs.writer import WriterConfig
 from rlhf_jax.testbed.rows import rows as world
 
 VOCABULARY = 512
@@ -147,14 +150,65 @@ def copy_run(source, target):
 def test_a_run_that_goes_on_refuses_other_weights(tmp_path, monkeypatch, base):
     copy_run(base[2], tmp_path / "run")
     (tmp_path / "run" / "scores-given.jsonl").unlink()
-    monkeypatch.setattr(seam, "weights_identity", "newer {}".format)
+    monkeypatch.setattr(seam_checks.models, "weights_identity", "newer {}".format)
     with pytest.raises(ValueError, match="begun with other weights of the policy test"):
         run(tmp_path)
 
 
+def test_a_run_that_made_nothing_takes_corrected_settings(tmp_path, monkeypatch):
+    """A misspelt reward, a missing key or package is said before a text is made."""
+    monkeypatch.setattr(seam, "_worse", None)
+    chat = WriterConfig(chat=ChatConfig("http://127.0.0.1:9/v1", "m", "NO_KEY"))
+    for change, message in (
+        ({"estimators": ["given", "generate"], "writer": chat}, "NO_KEY is not set"),
+        ({"policy": "tiny-er"}, "'tiny-er': not found"),
+        ({"reward": "runs/mistyped/"}, "'runs/mistyped/': not found"),
+        ({"reward": "testbed"}, "no reward head"),
+        ({"reward": "ensemble:nowhere"}, "nowhere is none"),
+        ({"reward": f"{__name__}:by_lenght"}, "by_lenght"),
+        ({"compare": ["x=nowhere"]}, "nowhere: cannot be read"),
+        (
+            {"estimators": ["generate"], "writer": WriterConfig(model="no/where/at")},
+            "'no/where/at': not found",
+        ),
+    ):
+        with pytest.raises(ValueError, match=message):
+            run(tmp_path, **change)
+    monkeypatch.setattr(seam_checks.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="faiss, which searches the neighbours, is n"):
+        run(tmp_path, estimators=["contrast"])
+    left = {path.name for path in (tmp_path / "run").iterdir()}
+    assert left == {".lock", "config.yaml"}
+
+
+def test_what_an_attempt_left_is_no_run_until_a_text_is_made(tmp_path, monkeypatch):
+    """The endpoint was wrong: other data, and after that another writer, are taken."""
+    given, small = seam.worse.given, "testbed:worse?size=2&count=1"
+
+    def fails(*args, **options):
+        raise ValueError("the endpoint is not there")
+
+    monkeypatch.setattr(seam.worse, "given", fails)
+    with pytest.raises(ValueError, match="not there"):
+        run(tmp_path)
+    assert (tmp_path / "run" / "prompts.jsonl").exists()
+    monkeypatch.setattr(seam.worse, "given", given)
+    monkeypatch.setattr(seam, "open_likelihood", fails)
+    with pytest.raises(ValueError, match="not there"):
+        run(tmp_path, data=small)
+    assert len(read(tmp_path / "run" / "prompts.jsonl")) == 2
+    with pytest.raises(ValueError, match="holds a run with another config:\n  seed"):
+        run(tmp_path, data=small, seed=1)
+    with pytest.raises(ValueError, match="the endpoint is not there"):
+        # contrast has made nothing
+        run(tmp_path, data=small, contrast=seam.ContrastConfig(count=2))
+    with pytest.raises(ValueError, match="another config:\n  worse_column"):
+        run(tmp_path, data=small, worse_column="other")
+
+
 def test_a_finished_run_is_only_summarised_anew(tmp_path, monkeypatch, base):
     monkeypatch.setattr(seam, "open_likelihood", None)
-    monkeypatch.setattr(seam, "weights_identity", None)
+    monkeypatch.setattr(seam_checks, "models", None)
     copy_run(base[2], tmp_path / "run")
     again, _, root = run(tmp_path, parquet=True)
     assert again == base[0]
@@ -381,6 +435,25 @@ def test_runs_are_compared_by_prompt(tmp_path, base):
     assert row["prompts"] == 10 and 0 <= row["jaccard"] <= 1
     assert row["chance"] == pytest.approx(16 / 45 / 3 + 1 / 45)
     assert (root / "report.html").exists() and (root / "plots" / "seam.png").exists()
+
+
+def test_equal_prompts_are_matched_by_row_whichever_of_them_have_a_score(tmp_path):
+    """The first of two equal prompts has a score from one estimator alone."""
+    (row,) = world("worse", size=1, count=3)
+    data = [{**row, "worse": []}, row, {"prompt": row["prompt"]}, row]
+    lines, left_out, _ = run(tmp_path, write(tmp_path, data))
+    assert [line["index"] for line in lines] == [1, 3] and len(left_out) == 2
+    assert [line["occurrence"] for line in lines] == [1, 3]
+    one = [{"prompt_id": "p", "occurrence": n, "seam": float(n)} for n in (0, 1, 2)]
+    other = [{**one[n], "estimator": "b", "seam": 7.0 * n} for n in (1, 2)]
+    assert seam_report.by_prompt(other) == {("p", 1): 7.0, ("p", 2): 14.0}
+    assert seam_report.by_prompt(one).keys() > seam_report.by_prompt(other).keys()
+
+
+def test_a_run_of_an_earlier_version_is_compared_once_it_is_summarised_anew(tmp_path):
+    old = write(tmp_path, [{"prompt": "p", "seam": 1.0, "estimator": "given"}])
+    with pytest.raises(ValueError, match="have no `occurrence`.*run its command again"):
+        run(tmp_path, compare=[f"old={old}"])
 
 
 @pytest.mark.parametrize(
