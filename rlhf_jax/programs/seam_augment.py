@@ -7,6 +7,7 @@ and random-pairs.jsonl, as the control. See `curation.seam.augment`.
 
 import dataclasses
 import pathlib
+from typing import Literal
 
 import numpy as np
 from rich.console import Console
@@ -30,6 +31,9 @@ class SeamAugmentConfig:
     """Most pairs of a prompt, against its likeliest misjudged completions."""
     estimator: str | None = None
     """Whose scores; null = the run's only one."""
+    control: Literal["any", "misjudged"] = "any"
+    """What the random pairs are against: any worse completions, or only such as the
+    reward model misjudges, as the pairs of the lowest prompts are."""
     overwrite: bool = False
     """Replace files of these names."""
     seed: int = 0
@@ -41,6 +45,8 @@ class SeamAugmentConfig:
                 f"lowest {self.lowest}, pairs {self.pairs}: expected a share in (0, 1] "
                 "and at least 1"
             )
+        if self.control not in ("any", "misjudged"):
+            raise ValueError(f"control {self.control!r}: expected any or misjudged")
 
 
 def run(config: SeamAugmentConfig) -> list[pathlib.Path]:
@@ -54,7 +60,11 @@ def run(config: SeamAugmentConfig) -> list[pathlib.Path]:
         )
     sft, pairs = augment.augment(lines, chosen, pairs=config.pairs)
     random_sft, random_pairs = augment.random_control(
-        lines, chosen, pairs=config.pairs, seed=config.seed
+        lines,
+        chosen,
+        pairs=config.pairs,
+        seed=config.seed,
+        misjudged=config.control == "misjudged",
     )
     out = pathlib.Path(config.out).expanduser()
     files = {

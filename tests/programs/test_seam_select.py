@@ -98,6 +98,7 @@ def test_augmentation_writes_rows_and_their_control(tmp_path, scored):
         (lambda s, o: SeamSelectConfig(s, o, drop=[]), "drop: expected shares"),
         (lambda s, o: SeamSelectConfig(s, o, drop=[1.0]), r"got \[1.0\]"),
         (lambda s, o: SeamAugmentConfig(s, o, lowest=0.0), "lowest 0.0, pairs 4"),
+        (lambda s, o: SeamAugmentConfig(s, o, control="x"), "'x': expected any or mis"),
         (
             lambda s, o: SeamAugmentConfig(s, o, lowest=0.01, estimator="given"),
             "is no prompt of 8",

@@ -2,7 +2,7 @@
 
 A prompt of low SEAM gives the policy its gold completion (an SFT row) and the reward
 model pairs that prefer the gold completion to those it misjudged. The control gives
-random prompts, and random worse completions, in the same numbers.
+random prompts, and random worse completions, misjudged or any, in the same numbers.
 
 Source: arXiv:2406.07971 (SEAM), section on augmentation; the construction of the rows
 is a reconstruction.
@@ -43,19 +43,31 @@ def augment(
 
 
 def random_control(
-    lines: Sequence[Line], indices: Sequence[int], *, pairs: int, seed: int
+    lines: Sequence[Line],
+    indices: Sequence[int],
+    *,
+    pairs: int,
+    seed: int,
+    misjudged: bool = False,
 ) -> tuple[list[Row], list[Row]]:
     """As many SFT rows and pairs as `augment` makes of `indices`, of random prompts
     against random worse completions of theirs.
+
+    Against any completion the control differs from `augment` in prompts and in pairs;
+    against misjudged ones in prompts, and in which of the misjudged are taken.
 
     Args:
         lines: see `augment`.
         indices: see `augment`.
         pairs: see `augment`.
         seed: of the draw.
+        misjudged: whether only misjudged completions are drawn.
     """
     rng = np.random.default_rng([seed, _CONTROL])
     wanted = [len(augment(lines, [n], pairs=pairs)[1]) for n in indices]
+    if misjudged:
+        # Many prompts have few or none: what is owed late might find none left.
+        wanted.sort(reverse=True)
     order = rng.permutation(len(lines))
     sft = [_sft(lines[n]) for n in order[: len(indices)]]
     # The i-th random prompt has as many pairs as the i-th chosen one: as many prompts
@@ -63,7 +75,7 @@ def random_control(
     preferences: list[Row] = []
     for place, n in enumerate(order):
         owed = sum(wanted[: place + 1]) - len(preferences)
-        worse = lines[n]["worse"]
+        worse = [e for e in lines[n]["worse"] if e["misjudged"] or not misjudged]
         drawn = rng.permutation(len(worse))[: min(owed, pairs)]
         preferences += [_pair(lines[n], worse[k]) for k in drawn]
     return sft, preferences

@@ -35,6 +35,22 @@ def test_pairs_prefer_gold_to_the_likeliest_misjudged_completions():
     ]
 
 
+def test_a_control_of_misjudged_completions_is_as_large_however_few_there_are():
+    scarce = [line(n, misjudged=4 if n in (1, 5) else n in (2, 8)) for n in range(40)]
+    texts = set()
+    for lines, chosen in ((LINES, [3, 6, 11, 13]), (scarce, [1, 2, 5, 8, 9])):
+        _, pairs = augment(lines, chosen, pairs=4)
+        bad = {each["text"] for row in lines for each in row["worse"]
+               if each["misjudged"]}  # fmt: skip
+        for seed in range(30):
+            _, drawn = random_control(lines, chosen, pairs=4, seed=seed, misjudged=True)
+            rejected = [row["rejected"] for row in drawn]
+            assert len(set(rejected)) == len(rejected) == len(pairs)
+            assert bad.issuperset(rejected)
+            texts |= set(rejected)
+    assert len(texts) > 30
+
+
 def test_the_control_has_as_many_rows_of_random_prompts():
     chosen = [3, 6, 11, 13]
     sft, pairs = augment(LINES, chosen, pairs=3)
