@@ -18,11 +18,13 @@ class Panel:
 
     title: str
     mean: np.ndarray
-    """[rows, columns]"""
+    """[rows, columns]; nan = an empty cell."""
     half: np.ndarray
     """Half widths of the intervals; nan = none."""
     signed: bool = False
     """Whether 0 is the middle of the colours, and a plus sign is written."""
+    limits: tuple[float, float] | None = None
+    """Of the colours, so that panels compare; None = the grid's own."""
 
 
 def heatmaps(
@@ -56,6 +58,8 @@ def heatmaps(
 
 def value_range(panel: Panel) -> tuple[float, float]:
     """(lowest, highest) of the colours; 0 is in the middle of a signed panel's."""
+    if panel.limits is not None:
+        return panel.limits
     low, high = float(np.nanmin(panel.mean)), float(np.nanmax(panel.mean))
     # Equal numbers still need a range.
     if panel.signed:
@@ -73,6 +77,8 @@ def _draw(axes: Axes, panel: Panel) -> None:
         panel.mean, origin="lower", cmap=colours, vmin=low, vmax=high, aspect=0.7
     )
     for (row, column), mean in np.ndenumerate(panel.mean):
+        if np.isnan(mean):
+            continue
         half = panel.half[row, column]
         text = f"{mean:+.3f}" if panel.signed else f"{mean:.3f}"
         if np.isfinite(half):

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table as RichTable
 
 from rlhf_jax.curation.seam.scores import of_line, overlap
-from rlhf_jax.io import html
+from rlhf_jax.io import heatmap, html
 from rlhf_jax.io import plot_style as style
 
 Line = Mapping[str, Any]
@@ -24,6 +24,7 @@ LOWEST = 0.2
 """Share of the prompts that count as lowest: what the paper removes."""
 _SHOWN = 10
 """Prompts in the table of the lowest."""
+_OVERLAP = {"jaccard": "Jaccard index", "chance": "by chance"}
 _FIGURES = {
     "prompts": "prompts with a score",
     "worse": "worse completions",
@@ -182,6 +183,14 @@ def write(
         sections.append(
             html.Section(
                 "Overlap",
+                plots=[
+                    html.Plot(
+                        overlap_plot(summary, root / "plots" / "overlap.png"),
+                        f"How many prompts of the lowest {LOWEST:.0%} of two scores "
+                        "are the same (Jaccard index), beside what two random sets of "
+                        "these sizes would have.",
+                    )
+                ],
                 tables=[
                     html.Table(
                         ["first", "second", "prompts", "Jaccard", "chance", "Spearman"],
@@ -226,6 +235,36 @@ def _lowest_section(name: str, lines: Sequence[Line]) -> html.Section:
 def _short(value: Any, length: int = 300) -> str:
     text = str(value)
     return text if len(text) <= length else text[: length - 1] + "…"
+
+
+def overlap_plot(summary: Line, path: pathlib.Path) -> pathlib.Path:
+    """Heat maps of the Jaccard index of two scores, and of what chance gives: this
+    run's estimators against each other and against those of the runs compared with.
+
+    Args:
+        summary: of `summarise`, with overlaps.
+        path: of the PNG.
+    """
+    pairs = {(row["first"], row["second"]): row for row in summary["overlaps"]}
+    pairs |= {(second, first): row for (first, second), row in pairs.items()}
+    rows = list(dict.fromkeys(first for first, _ in pairs))
+    columns = [name for name in summary["estimators"] if name in rows]
+    empty = dict.fromkeys(_OVERLAP, math.nan)
+    grids = [
+        np.array([[pairs.get((r, c), empty)[key] for c in columns] for r in rows])
+        for key in _OVERLAP
+    ]
+    limits = (0.0, float(np.nanmax(grids)) or 1.0)
+    half = np.full_like(grids[0], math.nan)
+    return heatmap.heatmaps(
+        [
+            heatmap.Panel(title, grid, half, limits=limits)
+            for title, grid in zip(_OVERLAP.values(), grids, strict=True)
+        ],
+        path,
+        rows=("", rows),
+        columns=("", columns),
+    )
 
 
 def score_plot(lines: Mapping[str, Sequence[Line]], path: pathlib.Path) -> pathlib.Path:

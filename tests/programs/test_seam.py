@@ -9,11 +9,14 @@ import jax
 import numpy as np
 import pytest
 
+from rlhf_jax.algorithms.sft import logprobs_apply, sft_objective
 from rlhf_jax.curation.seam import scores
+from rlhf_jax.data import prepare
 from rlhf_jax.data.encode import Encoder
+from rlhf_jax.data.layout import pack_conversations
 from rlhf_jax.io import seam_report
 from rlhf_jax.io.chat import ChatConfig
-from rlhf_jax.programs import likelihood, rewards, seam, seam_checks
+from rlhf_jax.programs import likelihood, models, rewards, seam, seam_checks
 from rlhf_jax.programs.adversary import AttackConfig, open_adversary
 from rlhf_jax.programs.likelihood import open_likelihood, open_pooling
 from rlhf_jax.programs.scorer import ScoringConfig
@@ -118,6 +121,33 @@ def test_log_probabilities_are_those_of_each_text_alone(base):
             assert each["num_tokens"] == len(encoded.completion)
             found = alone.rewards([encoded])[0]
             assert each["logprob"] == pytest.approx(float(found), abs=1e-3)
+
+
+def test_log_probabilities_are_those_that_training_raises(tmp_path, base):
+    """Scored in rows with shared prompts on 8 devices, they are those of the rows that
+    SFT packs, and make up its loss."""
+    texts = [(line["prompt"], each) for line in base[0] for each in line["worse"]]
+    rows = [{"prompt": p, "completion": each["text"]} for p, each in texts]
+    model, params, tokenizer = models.load_policy("testbed")
+    data, _ = prepare.prepare_conversations(
+        [write(tmp_path, rows)], prepare.make_encoder(tokenizer)
+    )
+    conversations = [data[n] for n in range(len(rows))]
+    packed = jax.device_put(pack_conversations(conversations, row_length=256))
+    assert packed.segment.max() > 2  # several in a row
+    apply = jax.jit(logprobs_apply(model, deterministic=True))
+    logprobs = apply(params, packed, jax.random.key(0))
+    loss, _ = sft_objective(lambda *_: logprobs)(params, packed, jax.random.key(0))
+    expected = np.array([each["logprob"] for _, each in texts])
+    assert float(-loss.total) == pytest.approx(expected.sum(), rel=1e-5)
+    assert float(loss.weight) == sum(each["num_tokens"] for _, each in texts)
+    counts = np.where(packed.completion_mask, np.asarray(logprobs), 0.0)
+    found = [
+        counts[row][segment == n].sum()
+        for row, segment in enumerate(np.asarray(packed.segment))
+        for n in range(1, segment.max() + 1)
+    ]
+    np.testing.assert_allclose(np.sort(found), np.sort(expected), atol=1e-3)
 
 
 def test_a_stopped_run_goes_on_and_gives_the_same_lines(tmp_path, monkeypatch, base):
@@ -434,7 +464,8 @@ def test_runs_are_compared_by_prompt(tmp_path, base):
     assert (row["first"], row["second"]) == ("given", "base/given")
     assert row["prompts"] == 10 and 0 <= row["jaccard"] <= 1
     assert row["chance"] == pytest.approx(16 / 45 / 3 + 1 / 45)
-    assert (root / "report.html").exists() and (root / "plots" / "seam.png").exists()
+    assert "beside what two random sets" in (root / "report.html").read_text()
+    assert {"seam.png", "overlap.png"} <= {p.name for p in (root / "plots").iterdir()}
 
 
 def test_equal_prompts_are_matched_by_row_whichever_of_them_have_a_score(tmp_path):
