@@ -137,8 +137,9 @@ def bounded_gap(
             (`similarity_bound` makes one); None = the same for all.
         bound: delta where there is no column.
 
-    Source: Wang et al. 2024, arXiv:2404.00978 (PCRM), with coefficient 1; one bound for
-    all pairs is its control.
+    Source: Zhou et al. 2024, arXiv:2404.00978 (PCRM), with coefficient 1; one bound for
+    all pairs is its control. Differs from its code: that bounds the gap of every token
+    from the first one in which the completions differ, this the gap of the pair.
     """
     del weight
     gap = chosen_rewards.astype(jnp.float32) - rejected_rewards.astype(jnp.float32)
@@ -155,7 +156,7 @@ def similarity_bound(
         scale: beta_1.
         offset: beta_3.
 
-    Source: Wang et al. 2024, arXiv:2404.00978 (PCRM); the defaults are those of its
+    Source: Zhou et al. 2024, arXiv:2404.00978 (PCRM); the defaults are those of its
     summarisation runs (5 at similarity 1, 15 at one half).
     """
     return scale / (similarity + 0.001) + offset

@@ -75,12 +75,19 @@ class BoundConfig:
     """beta_1: bound = scale / (similarity + 0.001) + offset."""
     offset: float = -5.0
     """beta_3."""
+    shuffled: bool = False
+    """Give each pair the bound of another one, drawn at random: the control, in which
+    bounds are as large as before and say nothing about their pairs."""
 
     def __post_init__(self) -> None:
         if (self.by == "states") != (self.model is not None):
             raise ValueError(
                 f"bound: by {self.by}, model {self.model}: expected a model with by "
                 "states, and none otherwise"
+            )
+        if self.shuffled and self.by == "none":
+            raise ValueError(
+                "bound: shuffled, and no bounds to shuffle; set by to length or states"
             )
 
 
@@ -113,7 +120,7 @@ class CurateConfig:
     timeout_s: float = 60.0
     """Longest call of a reward that is a function or HTTP."""
     seed: int = 0
-    """Of the draws of off_prompt."""
+    """Of the draws of off_prompt and bound.shuffled."""
     columns: Columns = Columns()
     """Names of the columns of data."""
     scoring: ScoringConfig = ScoringConfig()
@@ -288,6 +295,8 @@ def _bound(found: Curated, config: CurateConfig) -> None:
         alike = sizes.min(axis=1) / sizes.max(axis=1)
     else:
         alike = _alike_by_states(found, config)
+    if config.bound.shuffled:
+        alike = np.random.default_rng(config.seed).permutation(alike)
     bounds = similarity_bound(
         jnp.asarray(alike), scale=config.bound.scale, offset=config.bound.offset
     )
@@ -295,7 +304,7 @@ def _bound(found: Curated, config: CurateConfig) -> None:
 
 
 def _alike_by_states(found: Curated, config: CurateConfig) -> np.ndarray:
-    """(pi - angle) / pi of the two states of each pair, [Q], of the rows that stay."""
+    """`angle_similarity` of each pair, [Q], of the rows that stay."""
     scoring = dataclasses.replace(config.scoring, untrained_head=True)
     scorer = open_scorer(str(config.bound.model), scoring)
     scorer.check_states()
@@ -308,10 +317,22 @@ def _alike_by_states(found: Curated, config: CurateConfig) -> np.ndarray:
         pairs, reasons = _both(found.rows[start : start + PART], scorer, states)
         refused += reasons
         if pairs.ndim == 3:
-            unit = pairs / np.linalg.norm(pairs, axis=-1, keepdims=True)
-            cosine = np.clip((unit[:, 0] * unit[:, 1]).sum(axis=-1), -1.0, 1.0)
-            alike += (1.0 - np.arccos(cosine) / np.pi).tolist()
+            alike += angle_similarity(pairs).tolist()
         else:
             alike += [np.nan] * len(reasons)
     found.keep(refused)
     return np.array([a for a, reason in zip(alike, refused) if reason is None])
+
+
+def angle_similarity(states: np.ndarray) -> np.ndarray:
+    """(pi - arccos(max(cosine, 0))) / pi of each pair of states [Q 2 D]: in [1/2, 1].
+
+    Obtuse angles count as right ones, so no bound is looser than that of similarity one
+    half.
+
+    Source: Zhou et al. 2024, arXiv:2404.00978 (PCRM), and its published code, which
+    reads the states of a frozen encoder of its own.
+    """
+    unit = states / np.linalg.norm(states, axis=-1, keepdims=True)
+    cosine = np.clip((unit[:, 0] * unit[:, 1]).sum(axis=-1), 0.0, 1.0)
+    return 1.0 - np.arccos(cosine) / np.pi

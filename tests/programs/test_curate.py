@@ -69,6 +69,36 @@ def test_bounds_by_states_are_tightest_for_equal_texts(tmp_path):
     assert all(bounds[-1] < other for other in bounds[:-1])
 
 
+def test_similarity_of_states_is_that_of_their_angle_up_to_a_right_one():
+    states = np.array(
+        [
+            [[2.0, 0.0], [5.0, 0.0]],  # the same direction
+            [[1.0, 0.0], [3.0, 3.0]],  # 45 degrees
+            [[1.0, 0.0], [0.0, 2.0]],  # 90 degrees
+            [[1.0, 0.0], [-1.0, 1.0]],  # 135 degrees
+            [[1.0, 0.0], [-4.0, 0.0]],  # 180 degrees
+        ]
+    )
+    np.testing.assert_allclose(
+        curate.angle_similarity(states), [1.0, 0.75, 0.5, 0.5, 0.5], atol=1e-7
+    )
+
+
+def test_shuffled_bounds_are_the_same_bounds_at_other_pairs(tmp_path):
+    rows = [
+        {"prompt": f"sort : {n}", "chosen": "1" * (n + 1), "rejected": "1" * 20}
+        for n in range(12)
+    ]
+    apart = run(tmp_path, rows, bound=BoundConfig(by="length"))
+    bound = BoundConfig(by="length", shuffled=True)
+    mixed = run(tmp_path, rows, bound=bound, overwrite=True)
+    bounds = [[row["gap_bound"] for row in found] for found in (apart, mixed)]
+    assert sorted(bounds[0]) == sorted(bounds[1])
+    assert sum(a == b for a, b in zip(*bounds)) < 6
+    with pytest.raises(ValueError, match="no bounds to shuffle; set by to length"):
+        BoundConfig(shuffled=True)
+
+
 @pytest.mark.slow
 def test_likelihood_is_the_sum_of_the_completions_log_probabilities():
     likelihood = open_likelihood("testbed", ScoringConfig())
