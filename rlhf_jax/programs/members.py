@@ -3,8 +3,9 @@
 All at once, the members are one more leading axis of parameters, optimizer state and
 batches, and the update is `jax.vmap` of the usual one. On a CPU that is a sixth faster
 than one by one, for 1.7 times the memory (docs/results.md); many small models should
-gain more on an accelerator. For models of which one fills the machine, train runs of
-`reward`; `strength` does so unless told otherwise, and its members survive a stop.
+gain more on an accelerator, where nobody has measured it. For models of which one fills
+the machine, train runs of `reward`; `strength` does so where not all members fit (see
+`members_memory`), and then its members survive a stop.
 """
 
 import dataclasses

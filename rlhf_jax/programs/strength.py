@@ -10,9 +10,9 @@ every pair, and from these
     plots/           histogram and the U shape of the spread
     warm/            the members' average as one model (WARM), in Hugging Face's format
 
-Members are finished one after the other; a stopped run goes on where it was. With
-`at_once` they are trained together, vmapped, in one process: for models of which many
-fit in memory. With `folds` every pair is scored by members that never saw it.
+Where all members fit the memory of the one device there is they are trained together,
+vmapped; elsewhere one after the other, and then a stopped run goes on where it was
+(`at_once`). With `folds` every pair is scored by members that never saw it.
 
 Source: Wang et al. 2024, arXiv:2401.06080, sections 2.2-2.3; arXiv:2401.12187 (WARM).
 """
@@ -67,9 +67,10 @@ class StrengthConfig:
     folds: int = 0
     """Cut the pairs into this many parts and score each with members that were trained
     on the others; 0 = score the pairs that were trained on, as the paper does."""
-    at_once: bool = False
-    """Train all members of a fold together (vmap) on one device; a stop then loses the
-    fold that is being trained."""
+    at_once: bool | None = None
+    """Train all members of a fold together (vmap) on one device; null = if that is the
+    only device and they fit its memory, decided when the run begins. A stop then loses
+    the fold that is being trained, and members have no metrics."""
     standardise: bool = False
     """Divide each member's reward differences by their root mean square."""
     clean: CleanConfig = CleanConfig()
@@ -108,19 +109,11 @@ class StrengthConfig:
             )
         if self.folds == 1 or self.folds < 0:
             raise ValueError(f"folds: expected 0 or at least 2, got {self.folds}")
-        if self.at_once and (self.lora.rank or self.accum_steps > 1):
+        alone = strength_members.alone_for(self)
+        if self.at_once and alone:
             raise ValueError(
-                "at_once: trains whole models in single batches; leave out lora.rank "
-                "and accum_steps, or at_once"
-            )
-        if self.at_once and (
-            self.mesh != MeshConfig()
-            or self.rows.layout != "shared"
-            or self.rows.row_length is not None
-        ):
-            raise ValueError(
-                "at_once: trains on one device in shared rows of its own length; leave "
-                "out mesh, rows.layout and rows.row_length, or at_once"
+                "at_once: trains whole models on one device, in single batches of "
+                f"shared rows of its own length; leave out {alone}, or at_once"
             )
         columns = self.rows.columns
         flips = self.clean.flip_fraction > 0 or self.clean.flip_below is not None

@@ -1,12 +1,15 @@
 """The members of a strength run: trained, scored, averaged; what `strength` builds on.
 
+members.json          whether members are trained together (at_once: null), and why
 members/M/            a run of `reward`, or an exported model (at_once)
 members/M/rewards.npz its rewards for the pairs that it may judge, and their digest
 folds/without-F.jsonl what the members of fold F are trained on
 """
 
 import dataclasses
+import functools
 import hashlib
+import json
 import math
 import pathlib
 import shutil
@@ -20,19 +23,31 @@ from rlhf_jax.algorithms.optimizer import make_optimizer, make_schedule
 from rlhf_jax.algorithms.reward_model import reward_apply, reward_objective
 from rlhf_jax.data import prepare
 from rlhf_jax.data.encode import Encoder
+from rlhf_jax.data.iterate import Batches
 from rlhf_jax.data.rows import pair_row
 from rlhf_jax.data.store import PairDataset
 from rlhf_jax.evals.suite import prompt_key
 from rlhf_jax.io import progress
-from rlhf_jax.programs import export, members, models, objectives, reward
+from rlhf_jax.io.run_dir import write_atomic
+from rlhf_jax.models.heads import RewardModel, init_head_model
+from rlhf_jax.programs import (
+    export,
+    members,
+    members_memory,
+    models,
+    objectives,
+    reward,
+)
 from rlhf_jax.programs.scored_rows import write_whole
 from rlhf_jax.programs.scorer import ScoringConfig, open_scorer
 from rlhf_jax.programs.supervised import LoopConfig
+from rlhf_jax.sharding import MeshConfig
 
 if TYPE_CHECKING:
     from rlhf_jax.programs.strength import StrengthConfig
 
 REWARDS = "rewards.npz"
+WAYS = {True: "at once", False: "one by one"}
 
 
 def folds(rows: Sequence[dict[str, Any]], config: "StrengthConfig") -> np.ndarray:
@@ -52,6 +67,51 @@ def folds(rows: Sequence[dict[str, Any]], config: "StrengthConfig") -> np.ndarra
     return np.array([number[key] % max(config.folds, 1) for key in keys])
 
 
+def alone_for(config: "StrengthConfig") -> str:
+    """The settings that members trained together cannot have, with commas."""
+    given = {
+        "lora.rank": config.lora.rank > 0,
+        "accum_steps": config.accum_steps > 1,
+        "mesh": config.mesh != MeshConfig(),
+        "rows.layout": config.rows.layout != "shared",
+        "rows.row_length": config.rows.row_length is not None,
+    }
+    return ", ".join(name for name, is_given in given.items() if is_given)
+
+
+def at_once(config: "StrengthConfig", root: pathlib.Path, dataset: PairDataset) -> bool:
+    """Whether the members are trained together: as the config says, or as the memory
+    allowed when the run began."""
+    if config.at_once is not None:
+        return config.at_once
+    path = root / "members.json"
+    if path.exists():
+        return json.loads(path.read_text(encoding="utf-8"))["at_once"]
+    decision = members_memory.decide(
+        members=config.members,
+        member_bytes=_member_bytes(config, dataset),
+        free_bytes=members_memory.free_bytes(jax.local_devices()[0]),
+        devices=jax.device_count(),
+        alone=alone_for(config),
+    )
+    write_atomic(path, json.dumps({"schema": 1, **decision._asdict()}, indent=1))
+    progress.say(f"members {WAYS[decision.at_once]}: {decision.why}")
+    return decision.at_once
+
+
+def _member_bytes(config: "StrengthConfig", dataset: PairDataset) -> int:
+    compute = dataclasses.replace(config.compute, remat="none")
+    model = RewardModel(models.resolve(config.model).config, compute)
+    params = jax.eval_shape(
+        functools.partial(init_head_model, model), jax.random.key(0)
+    )
+    objective, tx, _ = _training(config, model, dataset)
+    batches = Batches(
+        dataset, config.batch_size, seed=config.seed + 1, num_shapes=1, prefetch=0
+    )
+    return members_memory.member_bytes(objective, tx, params, next(batches)[0])
+
+
 def rewards(
     config: "StrengthConfig",
     root: pathlib.Path,
@@ -64,6 +124,7 @@ def rewards(
     rewards = np.zeros((len(rows), 2, config.members), np.float32)
     encoded = list(members.completions(dataset))
     digest = hashlib.sha256(dataset.tokens.tobytes()).hexdigest()
+    together = at_once(config, root, dataset)
     for part in range(max(config.folds, 1)):
         judged = np.flatnonzero(fold == part)
         spec = config.data
@@ -77,13 +138,13 @@ def rewards(
         ]
         folders = [root / "members" / name for name in names]
         missing = [f for f in folders if not (f / REWARDS).exists()]
-        if config.at_once and missing:
+        if together and missing:
             _train_together(config, folders, spec, encoder)
         for member, folder in enumerate(folders):
             kept = folder / REWARDS
             if not kept.exists():
                 progress.say(f"member {folder.name}")
-                if not config.at_once:
+                if not together:
                     reward.run(_member(config, folder, spec, member))
                 scoring = ScoringConfig(
                     template=config.rows.template,
@@ -134,12 +195,7 @@ def _train_together(
         config.model, compute=config.compute, key=jax.random.key(config.seed)
     )
     dataset, _ = prepare.prepare_pairs([spec], encoder, config.rows)
-    steps = config.steps or math.ceil(config.epochs * len(dataset) / config.batch_size)
-    tx = make_optimizer(config.optimizer, make_schedule(config.optimizer, steps))
-    objective = reward_objective(
-        reward_apply(loaded.model, deterministic=not config.compute.dropout),
-        **objectives.parts(config.loss, ()),
-    )
+    objective, tx, steps = _training(config, loaded.model, dataset)
     progress.say(
         f"{len(folders)} members at once: {steps} steps of {config.batch_size}"
     )
@@ -153,6 +209,19 @@ def _train_together(
     for folder, params in zip(folders, trained, strict=True):
         shutil.rmtree(folder, ignore_errors=True)
         _export(folder, config, dataclasses.replace(loaded, params=params), encoder)
+
+
+def _training(
+    config: "StrengthConfig", model: RewardModel, dataset: PairDataset
+) -> tuple[Any, Any, int]:
+    """(objective, optimizer, steps) of each of the members together."""
+    steps = config.steps or math.ceil(config.epochs * len(dataset) / config.batch_size)
+    tx = make_optimizer(config.optimizer, make_schedule(config.optimizer, steps))
+    objective = reward_objective(
+        reward_apply(model, deterministic=not config.compute.dropout),
+        **objectives.parts(config.loss, ()),
+    )
+    return objective, tx, steps
 
 
 def _member(

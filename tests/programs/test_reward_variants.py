@@ -288,12 +288,16 @@ def test_an_ensemble_that_cannot_be_is_named(measured_root, tmp_path, query, mes
 
 
 @pytest.mark.slow
-def test_members_at_once_are_those_trained_one_by_one(tmp_path):
+def test_members_at_once_are_those_trained_one_by_one(tmp_path, monkeypatch):
     """The same heads, orders and steps; exported instead of kept as runs."""
     rows = DataConfig(num_shapes=1)
     apart = strength.run(strength_config(tmp_path, rows=rows))
+    assert (apart / "members" / "0" / "checkpoints").exists()
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
     there = {"run_dir": str(tmp_path / "together"), "rows": rows}
-    together = strength.run(strength_config(tmp_path, at_once=True, **there))
+    together = strength.run(strength_config(tmp_path, **there))
+    assert "2 need about" in json.loads((together / "members.json").read_text())["why"]
+    assert not (together / "members" / "0" / "checkpoints").exists()
     for a, b in zip(read(apart / "strength.jsonl"), read(together / "strength.jsonl")):
         np.testing.assert_allclose(a["strength_mean"], b["strength_mean"], atol=1e-4)
         np.testing.assert_allclose(a["chosen_rewards"], b["chosen_rewards"], atol=1e-4)
