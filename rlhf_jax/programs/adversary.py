@@ -24,7 +24,7 @@ from rlhf_jax.data.texts import Texts
 from rlhf_jax.programs import models
 from rlhf_jax.programs.rewards import kind_of
 from rlhf_jax.programs.scorer import (
-    ENSEMBLE,
+    MADE_OF_MODELS,
     Refusal,
     Scorer,
     ScoringConfig,
@@ -189,15 +189,15 @@ def open_adversary(spec: str, config: ScoringConfig, *, candidates: int) -> Adve
     """The adversary of a reward model.
 
     Args:
-        spec: a reward model, as in `models`; its gradient is needed, so neither a
-            function nor an ensemble.
+        spec: a reward model, as in `models`; its gradient is needed, so no
+            function, ensemble or reward of attributes.
         config: how it reads texts.
         candidates: substitutions scored for each completion in a round.
 
     Raises:
         ValueError: no such model, or one without a reward head.
     """
-    if kind_of(spec) != "model" or spec.startswith(ENSEMBLE):
+    if kind_of(spec) != "model" or spec.startswith(MADE_OF_MODELS):
         raise ValueError(
             f"reward {spec}: an attack follows the gradient of one reward model; "
             "expected a run directory, a Hugging Face directory, a hub id or a .gguf"

@@ -7,9 +7,10 @@ pairs -> penalties of verbosity, then the gate. Into --out go
     attributes.json   every number of the tables, and the config
     set_aside.jsonl   rows that could not be used, and why
 
-`attribute_model.load` reads them back and `score` applies them to states. About
-`held_out` of the prompts choose alpha and judge everything; nothing else is trained on
-them.
+`attributes:OUT` is a reward wherever a reward model is: `score`, `evaluate`, `serve`,
+`generate`, RLOO and PPO; in Python `attribute_model.load` and `score` do the same on
+states. About `held_out` of the prompts choose alpha and judge everything; nothing else
+is trained on them.
 
 Source: Wang et al. 2024, arXiv:2406.12845 (ArmoRM).
 """
@@ -283,4 +284,4 @@ def _show(card: dict[str, Any], out: pathlib.Path) -> None:
         f"accuracy on {gate['held_out_pairs']:,} pairs held out: gate "
         f"{gate['accuracy']:.3f}, equal weights {gate['equal_weights_accuracy']:.3f}"
     )
-    console.print(str(out / "attributes.npz"), soft_wrap=True)
+    console.print(f"next  rlhf-jax score --model attributes:{out} ...", soft_wrap=True)

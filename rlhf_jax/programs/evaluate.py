@@ -40,7 +40,7 @@ class EvaluateConfig:
 
     model: str
     """Reward model: run directory (its best checkpoint), HF directory, hub id or
-    .gguf."""
+    .gguf; or ensemble:DIR, attributes:DIR (see docs/rewards.md)."""
     out: str
     """Directory for evaluate.json, scores, plots and report.html; may be a run's
     own."""

@@ -101,6 +101,8 @@ def _directory(spec: str, path: pathlib.Path) -> Source:
     hint = ""
     if (path / "adapter_config.json").exists():
         hint = "; it holds a PEFT adapter: merge it into its model first"
+    elif (path / "attributes.npz").exists():
+        hint = f"; it holds a reward of attributes: attributes:{spec} scores with it"
     elif (path / "config.yaml").exists():
         hint = "; its run has not got as far as loading a model"
     raise ValueError(

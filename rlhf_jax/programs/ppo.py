@@ -38,7 +38,7 @@ from rlhf_jax.programs.reinforcement import (
     RLLoopConfig,
 )
 from rlhf_jax.programs.rl_setting import Setting
-from rlhf_jax.programs.scorer import ENSEMBLE, ScoringConfig
+from rlhf_jax.programs.scorer import MADE_OF_MODELS, ScoringConfig
 from rlhf_jax.rl import kl_controller
 from rlhf_jax.sampling.generate import SamplingConfig
 from rlhf_jax.sharding import MeshConfig
@@ -188,11 +188,11 @@ def run(config: PpoConfig) -> pathlib.Path:
 def _critic(config: PpoConfig, setting: Setting) -> tuple[Any, ...]:
     """(state, update, jitted values of (state, rows))."""
     spec = config.critic or next(iter(setting.rewards.models), config.model)
-    if spec.startswith(ENSEMBLE):
+    if spec.startswith(MADE_OF_MODELS):
         raise ValueError(
-            f"critic: the reward {spec} is several models, of which none is the "
-            "critic's start; name one with --critic, such as a member or the average "
-            "in warm/"
+            f"critic: the reward {spec} is not one model with a scalar head, which a "
+            "critic starts from; name one with --critic: a member of the ensemble, its "
+            "average in warm/, or the policy itself"
         )
     loaded = models.load_reward_model(
         spec,

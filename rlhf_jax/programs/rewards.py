@@ -9,6 +9,7 @@ A source is `[WEIGHT*]SPEC`. SPEC is
     package.module:function     a Python function, see `reward_functions`
     http://HOST:PORT/PATH       a scorer, see `http_scorer`
     ensemble:DIR[?combine=...]  members of a `strength` run, see `scorer.open_scorer`
+    attributes:DIR              regressions and gate of an `attributes` run
     anything else               a reward model, as in `--model` (see `models`)
 
 A reward model reads text through its own tokenizer and template, so the policy may have
@@ -37,7 +38,7 @@ from rlhf_jax.data.texts import Texts
 from rlhf_jax.programs.http_scorer import HttpScorer
 from rlhf_jax.programs.reward_functions import RewardFunction, open_function, quoted
 from rlhf_jax.programs.scorer import (
-    ENSEMBLE,
+    MADE_OF_MODELS,
     Refusal,
     Scorer,
     ScoringConfig,
@@ -203,7 +204,7 @@ def kind_of(spec: str) -> Kind:
     """What a SPEC names; a path that exists is a model whatever its name."""
     if spec.startswith(("http://", "https://")):
         return "http"
-    if spec.startswith(ENSEMBLE):
+    if spec.startswith(MADE_OF_MODELS):
         return "model"
     if _FUNCTION.fullmatch(spec) and not pathlib.Path(spec).exists():
         return "function"

@@ -31,7 +31,7 @@ class ScoreConfig:
 
     model: str
     """Reward model: run directory (its best checkpoint), HF directory, hub id or
-    .gguf."""
+    .gguf; or ensemble:DIR, attributes:DIR (see docs/rewards.md)."""
     data: str = "-"
     """Rows: a data SPEC, or - for JSON lines on stdin. Each has prompt + completion
     (adds reward), prompt + chosen + rejected (adds chosen_reward, rejected_reward), or

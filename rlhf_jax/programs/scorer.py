@@ -23,16 +23,19 @@ from rlhf_jax.data.texts import Texts
 from rlhf_jax.evals import scoring
 from rlhf_jax.losses import statistics
 from rlhf_jax.models.config import ComputeConfig, LlamaConfig
-from rlhf_jax.programs import models
+from rlhf_jax.programs import attribute_model, models
 from rlhf_jax.sharding import (
     MeshConfig,
     ShardingRules,
     batch_devices,
     batch_sharding,
     make_mesh,
+    replicated,
 )
 
-ENSEMBLE = "ensemble:"
+ENSEMBLE, ATTRIBUTES = "ensemble:", "attributes:"
+MADE_OF_MODELS = (ENSEMBLE, ATTRIBUTES)
+"""What the SPECs of scorers begin with that are no single model with a scalar head."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,7 +183,8 @@ def open_scorer(spec: str, config: ScoringConfig, *, seed: int = 0) -> Scorer:
 
     Args:
         spec: as in `models`; or ensemble:DIR[?combine=mean|min|mean-std], all reward
-            models in DIR/members (a run of `strength`), or in DIR, as one.
+            models in DIR/members (a run of `strength`), or in DIR, as one; or
+            attributes:DIR, what `attributes` wrote there on the states of its model.
         config: how.
         seed: of a random head.
 
@@ -190,6 +194,8 @@ def open_scorer(spec: str, config: ScoringConfig, *, seed: int = 0) -> Scorer:
     """
     if spec.startswith(ENSEMBLE):
         return _open_ensemble(spec, config)
+    if spec.startswith(ATTRIBUTES):
+        return _open_attributes(spec, config)
     source = models.resolve(spec)
     if not source.reward and not config.untrained_head:
         raise ValueError(
@@ -198,14 +204,8 @@ def open_scorer(spec: str, config: ScoringConfig, *, seed: int = 0) -> Scorer:
             "at it anyway"
         )
     mesh, rules = make_mesh(config.mesh), ShardingRules()
+    model, params, tokenizer = _load(spec, config, mesh, rules, seed)
     with jax.set_mesh(mesh):
-        model, params, tokenizer = models.load_reward_model(
-            spec,
-            compute=config.compute,
-            mesh=mesh,
-            rules=rules,
-            key=jax.random.key(seed),
-        )
         apply = {
             method: jax.jit(functools.partial(_apply, model, method))
             for method in ("__call__", "rewards_and_states")
@@ -226,6 +226,19 @@ def open_scorer(spec: str, config: ScoringConfig, *, seed: int = 0) -> Scorer:
         states_fn=functools.partial(call, "rewards_and_states"),
         head_norm=norm,
     )
+
+
+def _load(
+    spec: str, config: ScoringConfig, mesh: Any, rules: ShardingRules, seed: int
+) -> models.Loaded:
+    with jax.set_mesh(mesh):
+        return models.load_reward_model(
+            spec,
+            compute=config.compute,
+            mesh=mesh,
+            rules=rules,
+            key=jax.random.key(seed),
+        )
 
 
 def make_scorer(
@@ -288,6 +301,38 @@ def _open_ensemble(spec: str, config: ScoringConfig) -> Scorer:
     return dataclasses.replace(
         scorers[0], score_fn=score_fn, states_fn=None, head_norm=None
     )
+
+
+def _open_attributes(spec: str, config: ScoringConfig) -> Scorer:
+    """Regressions and gate of an `attributes` run, on the states of its model."""
+    folder = spec.removeprefix(ATTRIBUTES)
+    head, card = attribute_model.load(folder), attribute_model.load_card(folder)
+    template = card["config"]["scoring"]["template"]
+    if config.template != template:
+        raise ValueError(
+            f"{spec}: fitted on states of the template {template}, got "
+            f"{config.template}; set scoring.template to {template}"
+        )
+    mesh, rules = make_mesh(config.mesh), ShardingRules()
+    try:
+        loaded = _load(card["model"], config, mesh, rules, card["config"]["seed"])
+    except ValueError as error:
+        raise ValueError(f"{spec}: the model that it reads: {error}") from None
+    fitted, width = head.weights.shape[1], loaded.model.config.hidden_size
+    if fitted != width:
+        raise ValueError(
+            f"{spec}: fitted on states of width {fitted}, and model {card['model']} "
+            f"has {width}: it is another model now; run `attributes` again"
+        )
+    apply = jax.jit(attribute_model.reward_apply(loaded.model, head))
+    arrays = jax.device_put(attribute_model.head_params(head), replicated(mesh))
+    where = batch_sharding(mesh, rules)
+
+    def score_fn(sequences: Any, score_at: Any) -> Any:
+        sequences, score_at = jax.device_put((sequences, score_at), where)
+        return apply(loaded.params, arrays, sequences, score_at)
+
+    return make_scorer(score_fn, loaded.tokenizer, loaded.model.config, config)
 
 
 def _apply(model: Any, method: str, params: Any, sequences: Any, score_at: Any) -> Any:

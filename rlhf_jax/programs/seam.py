@@ -30,7 +30,7 @@ from rlhf_jax.programs import scored_rows, seam_checks, seam_scoring, worse, wri
 from rlhf_jax.programs.adversary import AttackConfig
 from rlhf_jax.programs.likelihood import open_likelihood
 from rlhf_jax.programs.rewards import kind_of, open_rewards, parse_spec
-from rlhf_jax.programs.scorer import ENSEMBLE, ScoringConfig
+from rlhf_jax.programs.scorer import MADE_OF_MODELS, ScoringConfig
 from rlhf_jax.programs.seam_prompts import SeamPrompt, Worse, read_prompts
 from rlhf_jax.programs.seam_scoring import Line
 from rlhf_jax.programs.worse import ContrastConfig, Estimator, PerturbConfig
@@ -118,7 +118,7 @@ class SeamConfig:
                 'parquet: pyarrow is not installed; pip install "rlhf-jax[data]"'
             )
         weight, spec = parse_spec(self.reward)
-        one_model = kind_of(spec) == "model" and not spec.startswith(ENSEMBLE)
+        one_model = kind_of(spec) == "model" and not spec.startswith(MADE_OF_MODELS)
         if "attack" in self.estimators and not (one_model and weight > 0):
             raise ValueError(
                 "estimators: attack follows the gradient of one reward model, and "

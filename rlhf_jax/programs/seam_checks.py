@@ -17,7 +17,7 @@ from rlhf_jax.programs import models
 from rlhf_jax.programs.http_scorer import check_url
 from rlhf_jax.programs.reward_functions import open_function
 from rlhf_jax.programs.rewards import kind_of, parse_spec
-from rlhf_jax.programs.scorer import ENSEMBLE
+from rlhf_jax.programs.scorer import ATTRIBUTES, ENSEMBLE, MADE_OF_MODELS
 from rlhf_jax.sharding import make_mesh
 
 WEIGHTS = "weights.json"
@@ -106,12 +106,13 @@ def _check_models(config: Any) -> None:
         open_function(spec, config.timeout_s)
     elif kind == "http":
         check_url(spec)
-    elif spec.startswith(ENSEMBLE):
-        folder = spec.removeprefix(ENSEMBLE).partition("?")[0]
+    elif spec.startswith(MADE_OF_MODELS):
+        prefix = ENSEMBLE if spec.startswith(ENSEMBLE) else ATTRIBUTES
+        folder = spec.removeprefix(prefix).partition("?")[0]
         if not pathlib.Path(folder).expanduser().is_dir():
             raise ValueError(
-                f"reward {spec}: expected a directory of reward models, such as a run "
-                f"of strength; {folder} is none"
+                f"reward {spec}: expected a directory that {prefix}... names, such as a "
+                f"run of strength or of attributes; {folder} is none"
             )
     elif not (models.resolve(spec).reward or config.scoring.untrained_head):
         raise ValueError(
@@ -123,7 +124,7 @@ def _check_models(config: Any) -> None:
 def _check_weights(config: Any, root: pathlib.Path) -> None:
     found = {"policy": models.weights_identity(config.policy)}
     spec = parse_spec(config.reward)[1]
-    if kind_of(spec) == "model" and not spec.startswith(ENSEMBLE):
+    if kind_of(spec) == "model" and not spec.startswith(MADE_OF_MODELS):
         found["reward"] = models.weights_identity(spec)
     path = root / WEIGHTS
     if not path.exists():

@@ -38,7 +38,7 @@ class ServeConfig:
 
     model: str
     """Reward model: run directory (its best checkpoint), HF directory, hub id or
-    .gguf."""
+    .gguf; or ensemble:DIR, attributes:DIR (see docs/rewards.md)."""
     host: str = "127.0.0.1"
     """Address to listen on. Anything but this machine's own is open to whoever can
     reach it: there is no authentication."""

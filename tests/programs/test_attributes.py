@@ -10,11 +10,10 @@ from rlhf_jax.__main__ import main
 from rlhf_jax.algorithms.gate import GateConfig
 from rlhf_jax.data.encode import Encoder
 from rlhf_jax.programs import attribute_model, attribute_rows, attributes, scorer
-from rlhf_jax.programs.models import load_reward_model
 from rlhf_jax.sharding import MeshConfig, make_mesh
 from rlhf_jax.testing import tiny_tokenizer
-from rlhf_jax.types import Sequences
 from tests.rows import read_at
+from tests.states import slow_states
 
 WORDS = ["sort", "the", "words", "by", "length", "and", "count", "each", "once"]
 SHORT = ["--gate.width", "16", "--gate.layers", "1", "--gate.steps", "20"]
@@ -71,25 +70,6 @@ def done(tmp_path_factory):
         "--seed", "3", *SHORT,
     ])  # fmt: skip
     return root / "out", rated, pairs
-
-
-def slow_states(sequences):
-    """The state after the final norm at the last token, one sequence a row."""
-    model, params, _ = load_reward_model("tiny", key=jax.random.key(3))
-    length = max(map(len, sequences))
-    tokens, segment = np.zeros((2, len(sequences), length), np.int32)
-    for row, ids in enumerate(sequences):
-        tokens[row, : len(ids)], segment[row, : len(ids)] = ids, 1
-    positions = np.broadcast_to(np.arange(length, dtype=np.int32), tokens.shape)
-    rows = Sequences(
-        tokens=tokens,
-        positions=positions,
-        segment=segment,
-        completion_mask=segment > 0,
-    )
-    last = np.array([[len(ids) - 1] for ids in sequences])
-    _, after = model.apply({"params": params}, rows, last, method="states")
-    return np.asarray(after[:, 0], np.float64)
 
 
 def card_of(out):

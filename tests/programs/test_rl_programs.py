@@ -1,8 +1,6 @@
 """`rloo` and `ppo` with tiny models: reference, critic, checkpoints, bad input."""
 
-import contextlib
 import dataclasses
-import functools
 import gzip
 import json
 import pathlib
@@ -38,6 +36,7 @@ from rlhf_jax.testing import (
     tiny_reward_model,
     tiny_tokenizer,
 )
+from tests.compiled import alone, compiled_once
 from tests.ragged import LAYOUTS, packing, ragged, table, table_apply
 
 GOLD = "rlhf_jax.testbed:gold_rewards"
@@ -58,31 +57,7 @@ def endings():
 @pytest.fixture(scope="module", autouse=True)
 def compiled(tmp_path_factory):
     """One compilation a module for what several runs have in common."""
-    from jax.experimental.compilation_cache import compilation_cache
-
-    wanted = {
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
-        "jax_persistent_cache_min_compile_time_secs": 0.0,
-    }
-    before = {name: jax.config.values[name] for name in wanted}
-
-    def use(values):
-        compilation_cache.reset_cache()
-        for name, value in values.items():
-            jax.config.update(name, value)
-
-    use(wanted)
-    yield
-    use(before)
-
-
-@contextlib.contextmanager
-def alone():
-    """Programs see one device: their compilations take half the time."""
-    with pytest.MonkeyPatch.context() as patch:
-        for module in (runs, scorer):
-            make_mesh = functools.partial(module.make_mesh, devices=jax.devices()[:1])
-            patch.setattr(module, "make_mesh", make_mesh)
+    with compiled_once(tmp_path_factory.mktemp("compiled")):
         yield
 
 
