@@ -111,8 +111,8 @@ def _check_models(config: Any) -> None:
         folder = spec.removeprefix(prefix).partition("?")[0]
         if not pathlib.Path(folder).expanduser().is_dir():
             raise ValueError(
-                f"reward {spec}: expected a directory that {prefix}... names, such as a "
-                f"run of strength or of attributes; {folder} is none"
+                f"reward {spec}: expected a directory after {prefix}, such as a run of "
+                f"strength or of attributes; {folder} is none"
             )
     elif not (models.resolve(spec).reward or config.scoring.untrained_head):
         raise ValueError(
