@@ -373,13 +373,15 @@ def test_gather_measures_what_it_sampled_and_evaluates_with_the_same_noise(
     )
     judged = []
 
-    def rewards(prompts, completions, rows):
-        judged.append(len(completions))
-        found = np.array([len(text) / 7 - 1 for text in completions])
+    def score(texts):
+        judged.append(len(texts.completions))
+        found = np.array([len(text) / 7 - 1 for text in texts.completions])
         return RewardResult(found, {"length": found})
 
     with rl_setup.open_rl(config) as setting:
-        setting = dataclasses.replace(setting, rewards=rewards)
+        setting = dataclasses.replace(
+            setting, rewards=types.SimpleNamespace(score=score)
+        )
         state = sharded.create_state(
             setting.trained, rloo.make_optimizer(config.optimizer, lambda s: 0.0),
             setting.mesh,
