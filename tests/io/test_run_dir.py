@@ -56,6 +56,23 @@ def test_a_finished_run_stays_so_under_another_value_of_what_may_change(tmp_path
     assert run_dir.is_finished(tmp_path, other, may_change=("steps",))
 
 
+def test_a_file_of_a_pattern_begins_a_run_once_something_is_in_it(tmp_path):
+    def reopened(steps):
+        config = Settings(str(tmp_path), steps=steps)
+        options = {"begun_by": ("made-*.jsonl",)}
+        with (run := run_dir.open_run(str(tmp_path), config, **options)).lock:
+            return run.resumed
+
+    assert not reopened(3)
+    (tmp_path / "made-a.jsonl").write_text("")
+    (tmp_path / "other.jsonl").write_text("{}")
+    assert not reopened(4)
+    (tmp_path / "made-a.jsonl").write_text("{}")
+    assert reopened(4)
+    with pytest.raises(ValueError, match="steps: 4 -> 3"):
+        reopened(3)
+
+
 def test_moved_directory_is_still_the_same_run(tmp_path):
     opened(tmp_path / "a")
     take_a_step(tmp_path / "a")
