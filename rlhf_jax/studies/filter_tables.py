@@ -137,7 +137,8 @@ def _by_estimator(lines: Lines) -> dict[str, dict[int, float]]:
 
 def _overlap(first: dict[int, float], second: dict[int, float]) -> dict[str, float]:
     both = [index for index in first if index in second]
-    found = overlap(*(np.array([one[n] for n in both]) for one in (first, second)))
+    a, b = (np.array([one[n] for n in both]) for one in (first, second))
+    found = overlap(a, b)
     return {"jaccard": found.jaccard, "above_chance": found.jaccard - found.chance}
 
 
@@ -182,7 +183,8 @@ def plot_curve(
     """Gain in gold against the share of the prompts that was dropped."""
 
     def at(share: float, arm: str) -> tuple[float, float, float]:
-        return share, *interval([result[arm]["gold_gain"] for result in found])
+        mean, half = interval([result[arm]["gold_gain"] for result in found])
+        return share, mean, half
 
     lines = {
         kind: [at(0.0, "all"), *(at(n, f"{kind}-{n:g}") for n in sorted(shares))]
